@@ -1,0 +1,136 @@
+"""What a block's inputs look like: the sum of squares of each input feature of each prunable weight.
+
+Weights that read one tensor (q, k and v; gate and up) share one statistic. Sums are taken over slices of rows in
+float32 and added in float64, so that neither the batch size nor the number of tokens costs accuracy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import ModelError
+
+# Rows converted to float32 at a time: the slice stays in the cache, which makes this several times faster than
+# converting a whole activation.
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Sums over all calibration tokens of one weight's input.
+
+    Attributes
+    ----------
+    sum_squares
+        float32 [in_features]; for each feature j the sum of x_j^2 over tokens.
+    n_tokens
+        Number of tokens that were summed.
+    """
+
+    sum_squares: Tensor
+    n_tokens: int
+
+    @property
+    def input_norms(self) -> Tensor:
+        """float32 [in_features]: ||x_j||_2 over all tokens (Sun et al. 2024, eq. 1)."""
+        return self.sum_squares.sqrt()
+
+
+class _Sum:
+    """A running sum for one shared input."""
+
+    def __init__(self, in_features: int) -> None:
+        self.total = torch.zeros(in_features, dtype=torch.float64)
+        self.n_tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        for part in rows.split(_ROWS):
+            self.total += part.float().square_().sum(0).to("cpu", torch.float64)
+        self.n_tokens += rows.shape[0]
+
+
+class StatisticsCollector:
+    """Watches the inputs of a block's linear modules while the block runs.
+
+    Used as a context manager around the forward passes; `results()` afterwards. With `stop_early` the forward pass
+    ends by raising `AllCollected` once the last of the weights has received its input, because what the block would
+    compute after that changes no statistic.
+    """
+
+    def __init__(self, block: nn.Module, linears: tuple[str, ...], *, stop_early: bool) -> None:
+        self._linears = {name: block.get_submodule(name) for name in linears}
+        self._stop_early = stop_early
+        self._sums: dict[str, _Sum] = {}
+        self._leader: dict[str, str] = {}
+        self._last: tuple[str, Tensor] | None = None
+        self._calls: list[str] = []
+        self._last_called: str | None = None
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "StatisticsCollector":
+        self._handles = [
+            module.register_forward_pre_hook(self._hook(name)) for name, module in self._linears.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._last = [], None
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def watch(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs = arguments[0]
+            if self._last is not None and self._last[1] is inputs:
+                leader = self._last[0]
+            else:
+                leader = name
+                self._last = (name, inputs)
+                self._sums.setdefault(name, _Sum(inputs.shape[-1])).add(inputs)
+            if self._leader.setdefault(name, leader) != leader:
+                raise ModelError(f"{name} shared its input with {self._leader[name]} in one batch but not in another")
+            self._calls.append(name)
+            if name == self._last_called:
+                raise AllCollected
+
+        return watch
+
+    def run(self, forward: Callable[[], Any]) -> Any:
+        """Run one forward pass and return its output, or None where it was stopped early."""
+        self._calls.clear()
+        self._last = None
+        try:
+            output = forward()
+        except AllCollected:
+            output = None
+        if self._stop_early and self._last_called is None:
+            self._last_called = self._only_last_call()
+        return output
+
+    def _only_last_call(self) -> str | None:
+        """The module called last in a whole pass, if each was called once: only then may later passes end there."""
+        return self._calls[-1] if len(set(self._calls)) == len(self._calls) == len(self._linears) else None
+
+    def results(self) -> dict[str, InputStatistics]:
+        """Return the statistics by linear name; weights with one input share one object.
+
+        Raises
+        ------
+        ModelError
+            When a weight was never used, or its inputs were not finite.
+        """
+        done = {name: InputStatistics(one.total.float(), one.n_tokens) for name, one in self._sums.items()}
+        for name in self._linears:
+            if name not in self._leader:
+                raise ModelError(f"{name} received no input in a forward pass, so it cannot be calibrated")
+            if not bool(torch.isfinite(done[self._leader[name]].sum_squares).all()):
+                raise ModelError(f"the inputs of {name} are not finite: the model overflows in its precision")
+        return {name: done[leader] for name, leader in self._leader.items()}
+
+
+class AllCollected(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward pass that has nothing more to tell."""

@@ -1,0 +1,62 @@
+"""The model card of a sub-model (its README.md), made from the manifest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_TEMPLATE = """\
+---
+library_name: secateur
+base_model: {base}
+tags: [secateur, pruned, sparse]
+---
+**Write `import secateur` before transformers opens this folder.** Without it transformers only warns about an unknown
+format and fills the pruned weights with random numbers.
+
+```python
+import secateur
+model = secateur.load("path/to/this/folder")
+print(model.generate("def quicksort(", max_new_tokens=128))
+```
+
+or `transformers.AutoModelForCausalLM.from_pretrained("path/to/this/folder")` after `import secateur`.
+
+# Sub-model of {base}
+
+A sub-model for **{domains}**, derived with [Secateur](https://arxiv.org/abs/2501.05248). Of the {size:,} weights in the
+decoder's linear layers {kept:,} are kept ({sparsity:.2%} sparsity); embeddings, head and norms are those of the parent.
+
+| | |
+|---|---|
+| base model | {base} |
+| method | {method}, {granularity}, budget {budget} |
+| sparsity | {sparsity:.4f} |
+| values | {values} |
+| calibration | {samples} x {sequence_length} tokens, seed {seed}, SHA-256 `{calibration_hash}` |
+| sources | {sources} |
+
+What pruning cost is not known from this card: measure it with
+`secateur evaluate path/to/this/folder --against BASE --task perplexity:python -o results`. A sub-model is worse than its
+parent, most of all outside the domain it was derived for.
+"""
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """Return the card's Markdown; the same manifest gives the same text."""
+    recipe, calibration = manifest["recipe"], manifest["calibration"]
+    sources = "; ".join(f"{one['source']} {one['version']} ({one['licence']})" for one in calibration["provenance"])
+    return _TEMPLATE.format(
+        base=manifest["base_model"]["name"],
+        domains=", ".join(recipe["for"]),
+        size=manifest["prunable_weights"],
+        kept=manifest["kept_weights"],
+        sparsity=manifest["sparsity"],
+        method=recipe["method"],
+        granularity=recipe["granularity"],
+        budget=recipe["budget"],
+        values=manifest["values"],
+        samples=recipe["samples"],
+        sequence_length=recipe["sequence_length"],
+        seed=recipe["seed"],
+        calibration_hash=calibration["sha256"],
+        sources=sources,
+    )

@@ -1,0 +1,124 @@
+"""Finishing a sub-model folder: index, config, tokenizer and model card, and the manifest that hashes them all.
+
+The caller writes the manifest last, so its presence means that the folder is whole. Nothing in the files it hashes
+depends on the clock.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from secateur.checkpoint.card import model_card
+from secateur.checkpoint.format import (
+    CARD,
+    INDEX,
+    NOT_HASHED,
+    LayerRecord,
+    dump_json,
+    quantization_config,
+)
+from secateur.files import atomic_write_bytes, sha256_file
+
+# Files of a base model that a sub-model carries unchanged, when they are there.
+CARRIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "LICENSE",
+)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a sub-model was made: what goes into its manifest and card beside what the shards themselves say.
+
+    Attributes
+    ----------
+    base_model
+        `name`, `parameters` and `files` (SHA-256 of each weight file).
+    recipe, calibration, versions
+        Plain JSON data.
+    values
+        Precision of the kept weights, e.g. `bf16`.
+    """
+
+    base_model: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    versions: Mapping[str, str]
+    values: str
+
+
+def finish_submodel(
+    folder: Path, base: Path, shards: Iterable[str], shapes: Mapping[str, tuple[int, int]], provenance: Provenance
+) -> dict[str, Any]:
+    """Write everything but the shards and the manifest, and return the manifest's content.
+
+    Parameters
+    ----------
+    folder
+        The folder that holds the shards; other files in it (the log apart) are part of the sub-model.
+    base
+        The base model's folder.
+    shards
+        File names in order.
+    shapes
+        [out_features, in_features] of each pruned weight, in the order of the model.
+    """
+    layers = _write_index(folder, shards, shapes)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization_config(shapes, provenance.values)
+    atomic_write_bytes(folder / "config.json", dump_json(config))
+    for name in CARRIED:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    size = sum(layer.size for layer in layers)
+    kept = sum(layer.kept for layer in layers)
+    manifest: dict[str, Any] = {
+        "format_version": 1,
+        "base_model": dict(provenance.base_model),
+        "recipe": dict(provenance.recipe),
+        "calibration": dict(provenance.calibration),
+        "values": provenance.values,
+        "prunable_weights": size,
+        "kept_weights": kept,
+        "sparsity": round(1 - kept / size, 6),
+        "layers": [layer.to_dict() for layer in layers],
+        "versions": dict(provenance.versions),
+    }
+    atomic_write_bytes(folder / CARD, model_card(manifest).encode())
+    hashed = sorted(path.name for path in folder.iterdir() if path.name not in NOT_HASHED)
+    manifest["files"] = {name: sha256_file(folder / name) for name in hashed}
+    return manifest
+
+
+def _write_index(
+    folder: Path, shards: Iterable[str], shapes: Mapping[str, tuple[int, int]]
+) -> tuple[LayerRecord, ...]:
+    """Write the index from the shards' own headers; return what each pruned weight kept."""
+    weight_map: dict[str, str] = {}
+    kept: dict[str, int] = {}
+    total_size = 0
+    for shard in shards:
+        path = folder / shard
+        with safe_open(path, framework="pt") as file:
+            for key in sorted(file.keys()):
+                weight_map[key] = shard
+                name, _, suffix = key.rpartition(".")
+                if suffix == "row_offsets" and name in shapes:
+                    kept[name] = int(file.get_slice(key)[-1:][0])
+        total_size += path.stat().st_size
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    atomic_write_bytes(folder / INDEX, dump_json(index))
+    return tuple(LayerRecord(name, shape, kept[name]) for name, shape in shapes.items())

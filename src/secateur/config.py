@@ -1,0 +1,109 @@
+"""The recipe: everything that decides what a sub-model is, validated once, frozen, saved with the result.
+
+What only decides how the work is done (threads, device, where the output goes) is no part of it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from secateur.errors import ConfigError
+
+Granularity = Literal["per_output", "per_layer"]
+
+
+class Recipe(BaseModel):
+    """How a sub-model is derived.
+
+    Attributes
+    ----------
+    model
+        What the base model was called by its user: folder, GGUF file, hub id or `demo`.
+    domains
+        What the sub-model is for, as `NAME` or `NAME=WEIGHT`; the key is `for` in a recipe file.
+    sparsity
+        Fraction of each prunable weight that is removed, 0 <= sparsity < 1.
+    method, budget
+        Names from their registries.
+    granularity
+        The group inside which scores compete: `per_output` (one row of the weight) or `per_layer` (the whole weight).
+    samples, sequence_length
+        Shape of the calibration set, in sequences and tokens.
+    seed
+        Decides which text is sampled, and the scores of the method `random`.
+    propagate
+        Whether a block is calibrated on the outputs of the pruned blocks before it (True) or of the dense ones.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    model: str = "demo"
+    domains: Annotated[tuple[str, ...], Field(alias="for", min_length=1)]
+    sparsity: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.5
+    method: str = "wanda"
+    budget: str = "uniform"
+    granularity: Granularity = "per_output"
+    samples: Annotated[int, Field(ge=1)] = 128
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    propagate: bool = True
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _domains_as_strings(cls, value: object) -> object:
+        """Accept `python`, `[python, general=0.2]` and `{python: 0.8, general: 0.2}`."""
+        if isinstance(value, str):
+            return (value,)
+        if isinstance(value, Mapping):
+            return tuple(f"{name}={weight}" for name, weight in value.items())
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data, with the keys of a recipe file."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
+    """Build a recipe; an explicit option (not None) wins over the file, the file over the default.
+
+    Raises
+    ------
+    ConfigError
+        When the file cannot be read or a value is missing, unknown or out of range.
+    """
+    merged: dict[str, Any] = dict(read_recipe_file(file)) if file is not None else {}
+    merged.update({key: value for key, value in options.items() if value is not None})
+    try:
+        return Recipe(**merged)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, file)) from None
+
+
+def read_recipe_file(file: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML recipe; raises `ConfigError` when there is none."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {str(file)!r} cannot be read: {error.strerror}; name an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {str(file)!r} is not YAML: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"recipe {str(file)!r} is not a mapping of options, such as `for: python`")
+    return content
+
+
+def _first_problem(error: ValidationError, file: Path | None) -> str:
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    where = f" in recipe {str(file)!r}" if file is not None else ""
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(field.alias or name for name, field in Recipe.model_fields.items())
+        return f"unknown option {key!r}{where}: known are {known}"
+    if problem["type"] == "missing":
+        return f"option {key!r} is missing{where}: say what the sub-model is for, such as python"
+    received = json.dumps(problem["input"], default=str)
+    return f"option {key!r}{where} cannot be {received}: {problem['msg'].lower()}"

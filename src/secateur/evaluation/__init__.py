@@ -1,0 +1,1 @@
+"""What a sub-model can still do, measured on held-out text."""

@@ -1,0 +1,235 @@
+"""Perplexity of held-out text, and by how much two models differ on the same documents.
+
+The first token of a window has nothing before it and is not predicted.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from secateur.calibration.packing import Window
+from secateur.errors import CorpusError, ModelError
+from secateur.evaluation.statistics import Difference, ratio, ratio_difference
+from secateur.models.likelihood import token_log_likelihood
+
+BATCH = 4  # windows in one pass: enough to fill a CPU, little beside the weights
+
+
+@dataclass(frozen=True)
+class DocumentLoss:
+    """What one document adds to the sums.
+
+    Attributes
+    ----------
+    document
+        Name of the document in its corpus.
+    nats
+        Negative log-likelihood of the predicted tokens, natural logarithm.
+    tokens
+        Number of predicted tokens.
+    n_bytes
+        Bytes of text of the predicted tokens: a window's bytes, shared evenly over all of its tokens.
+    """
+
+    document: str
+    nats: float
+    tokens: int
+    n_bytes: float
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity of one model on one domain.
+
+    Attributes
+    ----------
+    domain
+        Name of the domain.
+    documents
+        One entry for each document, in the order of the windows.
+    perplexity
+        exp(nats / tokens).
+    standard_error
+        Of ln(perplexity), over documents; None with fewer than two documents.
+    bits_per_byte
+        nats / ln(2) / bytes; comparable between tokenizers.
+    """
+
+    domain: str
+    documents: tuple[DocumentLoss, ...]
+    perplexity: float
+    standard_error: float | None
+    bits_per_byte: float
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents."""
+        return len(self.documents)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of predicted tokens."""
+        return sum(document.tokens for document in self.documents)
+
+    @property
+    def n_bytes(self) -> float:
+        """Bytes of text of the predicted tokens."""
+        return sum(document.n_bytes for document in self.documents)
+
+
+@dataclass(frozen=True)
+class PerplexityComparison:
+    """A model beside the one it came from, on the documents that both were measured on.
+
+    Attributes
+    ----------
+    against
+        Name of the other model.
+    comparable
+        Whether both split the text into the same tokens of the same vocabulary. Where they do not, perplexities are
+        about different things: only `bits_per_byte` may be compared, and the fields of perplexity are None.
+    n_documents
+        Number of documents in common.
+    ln_perplexity
+        ln(perplexity) minus that of the other; above 0 is worse.
+    ratio, ratio_low, ratio_high
+        Perplexity over that of the other, and its 95% interval.
+    bits_per_byte
+        Bits per byte minus that of the other; above 0 is worse.
+    """
+
+    against: str
+    comparable: bool
+    n_documents: int
+    ln_perplexity: Difference | None
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    bits_per_byte: Difference
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    windows: Sequence[Window],
+    domain: str,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """Measure a model on windows of held-out text.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    windows
+        Token ids of the model's own tokenizer; windows of one document count as one cluster.
+    domain
+        Name for the result.
+    progress
+        Called with the number of windows done and their total.
+
+    Raises
+    ------
+    CorpusError
+        When no window has a token to predict.
+    ModelError
+        When the model gives a likelihood that is not finite.
+    """
+    windows = [window for window in windows if len(window.token_ids) > 1]
+    if not windows:
+        raise CorpusError(f"the held-out text of {domain} has no token to predict; give more text")
+    nats = _window_nats(model, windows, domain, progress)
+    sums: dict[str, tuple[float, int, float]] = {}
+    for window, loss in zip(windows, nats, strict=True):
+        length = len(window.token_ids)
+        before = sums.get(window.document, (0.0, 0, 0.0))
+        share = window.n_bytes * (length - 1) / length
+        sums[window.document] = (before[0] + loss, before[1] + length - 1, before[2] + share)
+    return summarise(domain, [DocumentLoss(document, *entry) for document, entry in sums.items()])
+
+
+def summarise(domain: str, documents: Sequence[DocumentLoss]) -> PerplexityResult:
+    """Return the figures that follow from sums over documents."""
+    nats = [document.nats for document in documents]
+    value, error = ratio(nats, [document.tokens for document in documents])
+    per_byte, _ = ratio(nats, [document.n_bytes for document in documents])
+    return PerplexityResult(domain, tuple(documents), math.exp(value), error, per_byte / math.log(2))
+
+
+def compare_perplexity(
+    result: PerplexityResult, other: PerplexityResult, against: str, *, comparable: bool
+) -> PerplexityComparison:
+    """Compare two results over the documents that both have.
+
+    Parameters
+    ----------
+    result, other
+        Of the model and of the one it is compared with.
+    against
+        Name of the latter.
+    comparable
+        Whether both models were given the same tokens.
+
+    Raises
+    ------
+    CorpusError
+        When no document is common to both.
+    """
+    theirs = {document.document: document for document in other.documents}
+    pairs = [(mine, theirs[mine.document]) for mine in result.documents if mine.document in theirs]
+    if not pairs:
+        raise CorpusError(f"no document of {result.domain} was measured on both models; raise the token limit")
+    bits = 1 / math.log(2)
+    per_byte = ratio_difference(
+        [mine.nats * bits for mine, _ in pairs],
+        [mine.n_bytes for mine, _ in pairs],
+        [their.nats * bits for _, their in pairs],
+        [their.n_bytes for _, their in pairs],
+    )
+    if not comparable:
+        return PerplexityComparison(against, False, len(pairs), None, None, None, None, per_byte)
+    difference = ratio_difference(
+        [mine.nats for mine, _ in pairs],
+        [mine.tokens for mine, _ in pairs],
+        [their.nats for _, their in pairs],
+        [their.tokens for _, their in pairs],
+    )
+    low, high = (None if end is None else math.exp(end) for end in (difference.low, difference.high))
+    return PerplexityComparison(
+        against, True, len(pairs), difference, math.exp(difference.value), low, high, per_byte
+    )
+
+
+def _window_nats(
+    model: PreTrainedModel,
+    windows: Sequence[Window],
+    domain: str,
+    progress: Callable[[int, int], None] | None,
+) -> list[float]:
+    """Return the negative log-likelihood of each window; windows of one length go through the model together."""
+    by_length: dict[int, list[int]] = {}
+    for index, window in enumerate(windows):
+        by_length.setdefault(len(window.token_ids), []).append(index)
+    nats = [math.nan] * len(windows)
+    done = 0
+    for indices in by_length.values():
+        remaining = iter(indices)
+        while batch := list(islice(remaining, BATCH)):
+            token_ids = torch.from_numpy(np.stack([windows[index].token_ids for index in batch]))
+            losses = -token_log_likelihood(model, token_ids).double().sum(1)
+            for index, loss in zip(batch, losses.tolist(), strict=True):
+                if not math.isfinite(loss):
+                    raise ModelError(
+                        f"the model gives a likelihood that is not finite ({loss}) on {windows[index].document!r} of "
+                        f"{domain}; its weights are damaged or overflow in their precision"
+                    )
+                nats[index] = loss
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(windows))
+    return nats

@@ -1,0 +1,165 @@
+"""Files that are either whole or not there: hashes, atomic writes, the cache folder, and how much memory is left.
+
+Lies beside `errors` and knows nothing about models.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from secateur.errors import OutputError
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROC_CGROUP = Path("/proc/self/cgroup")
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: `$SECATEUR_CACHE` or `~/.cache/secateur`; it is created.
+
+    Raises
+    ------
+    OutputError
+        If the folder cannot be created.
+    """
+    named = os.environ.get("SECATEUR_CACHE")
+    folder = Path(named).expanduser() if named else Path.home() / ".cache" / "secateur"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot create the cache folder {folder} ({error.strerror}); set SECATEUR_CACHE to a folder you can write to"
+        ) from error
+    return folder
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that becomes `target` when the block ends, or vanishes when it raises.
+
+    Parameters
+    ----------
+    target
+        The folder to make. Its parents are created; it must not exist itself.
+
+    Raises
+    ------
+    OutputError
+        If `target` exists, before the block or by the time it ends, or its parent cannot be written.
+    """
+    _refuse_existing(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The process id says whose it is, mkdtemp makes two uses in one process differ.
+        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-{os.getpid()}-", dir=target.parent))
+        partial.chmod(0o777 & ~_umask())
+    except OSError as error:
+        raise OutputError(f"cannot create a folder beside {target} ({error.strerror}); choose another path") from error
+    try:
+        yield partial
+        # os.rename would replace an empty folder without a word.
+        _refuse_existing(target)
+        try:
+            partial.rename(target)
+        except OSError as error:
+            raise OutputError(f"cannot rename {partial} to {target} ({error.strerror})") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the new one, never a part."""
+    with atomic_file(path) as partial:
+        partial.write_bytes(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path`; what the block writes there replaces `path` when it ends, or is removed if it raises."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that this process can still take.
+
+    That is what the machine has available, capped by what its control group (a container's limit, version 1 or 2,
+    here or in any group above) leaves. Page cache that the kernel can drop counts as available.
+    """
+    available = int(psutil.virtual_memory().available)
+    return max(0, min([available, *_cgroup_headrooms()]))
+
+
+def _cgroup_headrooms() -> Iterator[int]:
+    """Yield limit minus usage of each control group with a memory limit that this process is in."""
+    try:
+        lines = PROC_CGROUP.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
+        if controllers == "":
+            root, limit, usage, cached = CGROUP_ROOT, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage, cached = (
+                CGROUP_ROOT / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        else:
+            continue
+        # Inside a container the name may be that of the host, which does not exist here: its parents are tried as well.
+        folder = root / name.strip("/")
+        for group in (folder, *folder.parents):
+            headroom = _headroom(group, limit, usage, cached)
+            if headroom is not None:
+                yield headroom
+            if group == root:
+                break
+
+
+def _headroom(group: Path, limit: str, usage: str, cached: str) -> int | None:
+    """Return limit - (usage - droppable page cache) in bytes, or None where the group has no limit."""
+    try:
+        most = (group / limit).read_text().strip()
+        used = int((group / usage).read_text())
+        if most == "max":
+            return None
+        statistics = dict(line.split(maxsplit=1) for line in (group / "memory.stat").read_text().splitlines())
+        return int(most) - used + int(statistics.get(cached, 0))
+    except (OSError, ValueError):
+        return None
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise OutputError(f"{target} exists; choose another path or remove it first")
+
+
+def _umask() -> int:
+    """Return the umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

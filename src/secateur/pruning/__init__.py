@@ -1,0 +1,1 @@
+"""Scores, methods, budgets, masks, and the one loop over blocks."""

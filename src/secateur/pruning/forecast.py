@@ -1,0 +1,120 @@
+"""What a derivation will need, computed from the config before any weight is read.
+
+The forecast decides whether activations live in memory or in a mapped file, and refuses what cannot fit. It is an
+upper estimate of what comes on top of the imports; it does not know what other processes will do.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from secateur.errors import ResourceError
+from secateur.files import available_memory
+from secateur.models.structure import Block
+
+# Share of the memory that is free now which a derivation may plan with; the rest is for the machine.
+MEMORY_SHARE = 0.85
+# Activations inside one block, in multiples of one batch of [tokens, intermediate_size] and [tokens, hidden_size].
+INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes that a derivation needs.
+
+    Attributes
+    ----------
+    activations
+        The inputs of the current block for the whole calibration set.
+    working_memory
+        Everything else that is in memory at once: one block's weights, scores and packed values, and one batch.
+    disk
+        An upper bound of the output folder, with the activations when they are mapped.
+    available_memory, available_disk
+        What the machine has at this moment.
+    map_activations
+        Whether the activations go to a mapped file in the output folder.
+    """
+
+    activations: int
+    working_memory: int
+    disk: int
+    available_memory: int
+    available_disk: int
+    map_activations: bool
+
+    def describe(self) -> str:
+        """Return the forecast in one line."""
+        where = "in a mapped file" if self.map_activations else "in memory"
+        needed = self.working_memory + (0 if self.map_activations else self.activations)
+        return (
+            f"needs about {_size(needed)} of {_size(self.available_memory)} free memory "
+            f"(activations {_size(self.activations)}, {where}) "
+            f"and at most {_size(self.disk)} of {_size(self.available_disk)} free disk"
+        )
+
+
+def make_forecast(  # noqa: PLR0917
+    model: PreTrainedModel, blocks: tuple[Block, ...], tokens: int, itemsize: int, batch_tokens: int, output: Path
+) -> Forecast:
+    """Forecast a derivation.
+
+    Parameters
+    ----------
+    model
+        The skeleton (parameters on the meta device).
+    tokens
+        Tokens in the calibration set, 0 when the method needs no statistics.
+    itemsize
+        Bytes of one value in the model's precision.
+    batch_tokens
+        Tokens in one forward pass.
+    output
+        The folder that will be written; its nearest existing parent tells the free disk.
+
+    Raises
+    ------
+    ResourceError
+        When memory or disk cannot hold what is needed even with mapped activations.
+    """
+    config = model.config.get_text_config(decoder=True)
+    hidden = config.hidden_size
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    largest = max(sum(p.numel() for p in model.get_submodule(block.name).parameters()) for block in blocks)
+    widest = max(model.get_submodule(f"{b.name}.{n}").weight.numel() for b in blocks for n in b.prunable)
+    activations = tokens * hidden * itemsize
+    batch = min(batch_tokens, tokens) * itemsize * (INTERMEDIATE_COPIES * intermediate + HIDDEN_COPIES * hidden)
+    # Dense weights and packed ones of a block; scores, their partition and positions for the widest weight.
+    working = 2 * largest * itemsize + 16 * widest + batch
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    disk = int(parameters * (itemsize + 1 / 8))
+    memory, free_disk = available_memory(), shutil.disk_usage(_existing_parent(output)).free
+    map_activations = activations + working > MEMORY_SHARE * memory
+    forecast = Forecast(
+        activations, working, disk + (activations if map_activations else 0), memory, free_disk, map_activations
+    )
+    if working > MEMORY_SHARE * memory:
+        raise ResourceError(
+            f"one block of this model needs about {_size(working)} of memory and {_size(memory)} are free: "
+            "close other programs or use a larger machine"
+        )
+    if forecast.disk > free_disk:
+        raise ResourceError(
+            f"the derivation may need {_size(forecast.disk)} of disk and {_size(free_disk)} are free at "
+            f"{str(output.parent)!r}: make room, name another output, or use fewer --samples"
+        )
+    return forecast
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"

@@ -1,0 +1,211 @@
+"""The one loop over blocks: collect statistics, prune, write, hand the pruned outputs to the next block.
+
+One block's weights are in memory at a time. A finished block is a shard in the output folder, and that shard is all
+that is needed to go on after an interruption: its block is run again from the shard, which gives the same bits.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.calibration.statistics import InputStatistics, StatisticsCollector
+from secateur.checkpoint.bitmask import PackedWeight, pack
+from secateur.checkpoint.shards import read_block_shard, write_block_shard
+from secateur.config import Recipe
+from secateur.errors import ModelError
+from secateur.models.replay import BlockInputs, run_block
+from secateur.models.structure import Block
+from secateur.models.weights import WeightReader, drop_parameters, set_parameters
+from secateur.pruning.masks import Target
+from secateur.pruning.methods import METHODS, Method
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The inputs of the current block for the whole calibration set, overwritten as the loop goes on.
+
+    Attributes
+    ----------
+    hidden_states
+        [samples, sequence_length, hidden_size] in the model's precision, in memory or mapped.
+    inputs
+        The other arguments of each block.
+    batch_size
+        Sequences in one forward pass.
+    """
+
+    hidden_states: Tensor
+    inputs: BlockInputs
+    batch_size: int
+
+    def batches(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (batch number, view [batch, sequence_length, hidden_size])."""
+        yield from enumerate(self.hidden_states.split(self.batch_size))
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """Everything the loop needs and does not change.
+
+    Attributes
+    ----------
+    sparsity
+        Target sparsity by weight name, from the budget.
+    shard
+        Gives the file of a block's shard.
+    activations
+        None when the method needs no statistics.
+    """
+
+    model: PreTrainedModel
+    blocks: tuple[Block, ...]
+    reader: WeightReader
+    recipe: Recipe
+    sparsity: Mapping[str, float]
+    shard: Callable[[Block], Path]
+    activations: Activations | None
+    device: torch.device
+
+
+def prune_blocks(run: BlockRun, progress: Progress, timings: dict[str, float]) -> None:
+    """Prune and write every block that has no shard yet; `timings` receives seconds by stage."""
+    timer = _Timer(timings)
+    for block in run.blocks:
+        progress("prune", block.index, len(run.blocks))
+        path = run.shard(block)
+        if path.exists():
+            if run.activations is not None:
+                _restore(run, block, path, timer)
+        else:
+            _prune_block(run, block, path, timer)
+    progress("prune", len(run.blocks), len(run.blocks))
+
+
+def _prune_block(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
+    module = run.model.get_submodule(block.name)
+    with timer("read"):
+        originals = _load_block(run, block, module)
+    with timer("collect"):
+        statistics = _collect(run, block, module)
+    with timer("prune"):
+        packed = _prune_weights(run, block, module, statistics)
+    with timer("write"):
+        kept_whole = {name: tensor for name, tensor in originals.items() if name not in packed}
+        write_block_shard(path, packed, kept_whole)
+    if run.recipe.propagate:
+        with timer("propagate"):
+            _propagate(run, block, module)
+    drop_parameters(module)
+
+
+def _load_block(run: BlockRun, block: Block, module: nn.Module) -> dict[str, Tensor]:
+    """Put the block's weights in place, in the precision of its first linear; return them as stored, by full name."""
+    with run.reader as reader:
+        originals = {
+            f"{block.name}.{name}": reader.read(f"{block.name}.{name}") for name, _ in module.named_parameters()
+        }
+    dtype = originals[block.weight_name(block.prunable[0])].dtype
+    prefix = len(block.name) + 1
+    set_parameters(module, {name[prefix:]: tensor.to(run.device, dtype) for name, tensor in originals.items()})
+    return originals
+
+
+def _collect(run: BlockRun, block: Block, module: nn.Module) -> Mapping[str, InputStatistics]:
+    if run.activations is None:
+        return {}
+    propagate = run.recipe.propagate
+    with StatisticsCollector(module, block.prunable, stop_early=propagate) as collector:
+        for batch, hidden in run.activations.batches():
+            call = run.activations.inputs.get(block.index, batch)
+            output = collector.run(lambda: _forward(run, module, hidden, call))  # noqa: B023 - called at once
+            if not propagate:
+                hidden.copy_(output)
+    try:
+        return collector.results()
+    except ModelError as error:
+        raise ModelError(f"{block.name}: {error}") from None
+
+
+def _prune_weights(
+    run: BlockRun, block: Block, module: nn.Module, statistics: Mapping[str, InputStatistics]
+) -> dict[str, PackedWeight]:
+    """Prune each weight of the block in place and return them packed; weights are independent, so threads share them."""
+    method = METHODS.get(run.recipe.method)
+
+    def prune(linear: str) -> tuple[str, PackedWeight]:
+        name = block.weight_name(linear)
+        weight = module.get_submodule(linear).weight
+        return name, _prune_weight(run, method, name, weight, statistics.get(linear))
+
+    with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
+        return dict(pool.map(prune, block.prunable))
+
+
+def _prune_weight(
+    run: BlockRun, method: Method, name: str, weight: Tensor, statistics: InputStatistics | None
+) -> PackedWeight:
+    # crc32 is a stable way to give each weight its own random numbers; nothing depends on it being strong.
+    target = Target(run.sparsity[name], run.recipe.granularity, run.recipe.seed ^ zlib.crc32(name.encode()))
+    with torch.inference_mode():
+        pruned = method.function(weight.detach(), statistics, target)
+        packed = pack(pruned.weight, pruned.mask)
+        weight.data.copy_(torch.where(pruned.mask.to(weight.device), pruned.weight, torch.zeros_like(weight)))
+    return packed
+
+
+def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
+    """Run a block from its finished shard, so that the next one sees the inputs it would have seen."""
+    if run.activations is None:
+        raise AssertionError("a method without statistics has nothing to restore")
+    module = run.model.get_submodule(block.name)
+    with timer("restore"):
+        if run.recipe.propagate:
+            shapes = {block.weight_name(n): tuple(module.get_submodule(n).weight.shape) for n in block.prunable}
+            tensors = read_block_shard(path, shapes)
+            dtype = tensors[block.weight_name(block.prunable[0])].dtype
+            prefix = len(block.name) + 1
+            set_parameters(module, {name[prefix:]: t.to(run.device, dtype) for name, t in tensors.items()})
+        else:
+            _load_block(run, block, module)
+        _propagate(run, block, module)
+    drop_parameters(module)
+
+
+def _propagate(run: BlockRun, block: Block, module: nn.Module) -> None:
+    """Replace the activations by the block's outputs; the outputs of the last block are of no use."""
+    if run.activations is None or block.index == len(run.blocks) - 1:
+        return
+    for batch, hidden in run.activations.batches():
+        hidden.copy_(_forward(run, module, hidden, run.activations.inputs.get(block.index, batch)))
+
+
+def _forward(run: BlockRun, module: nn.Module, hidden: Tensor, call: object) -> Tensor:
+    with torch.inference_mode():
+        return run_block(module, hidden.to(run.device), call)  # type: ignore[arg-type]
+
+
+class _Timer:
+    """Adds the seconds of `with timer(stage)` to a dictionary."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._stage, self._start = "", 0.0
+
+    def __call__(self, stage: str) -> "_Timer":
+        self._stage = stage
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + time.perf_counter() - self._start

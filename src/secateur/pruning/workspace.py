@@ -1,0 +1,161 @@
+"""The folder `OUT.partial/` in which a derivation works until it is renamed to OUT.
+
+An error removes it; a kill, an interrupt or a full disk leaves it, and `--resume` goes on from its finished shards.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.checkpoint.format import ACTIVATIONS, MANIFEST, STATE, dump_json, read_json
+from secateur.errors import CheckpointError, ConfigError, OutputError
+from secateur.files import atomic_write_bytes
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder that is worked in, and where it will be moved.
+
+    Attributes
+    ----------
+    output
+        The final folder; it does not exist yet.
+    folder
+        `OUT.partial`, which exists and is locked for this process.
+    resumed
+        Whether shards of an interrupted run may be in it.
+    """
+
+    output: Path
+    folder: Path
+    resumed: bool
+
+    def start(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Write down what is being derived, or check that the interrupted run derived the same; return the plan in force.
+
+        Keys that begin with `run_` say how the work is done; an interrupted run's own are kept, because the bytes of
+        the result may depend on them.
+        """
+        path = self.folder / STATE
+        if not self.resumed:
+            atomic_write_bytes(path, dump_json(plan))
+            return plan
+        old = read_json(path)
+        for key, value in plan.items():
+            if not key.startswith("run_") and old.get(key) != value:
+                raise ConfigError(
+                    f"{str(self.folder)!r} was begun with another {describe_difference(key, old.get(key), value)}: "
+                    "use the same options to resume, or delete the folder to start afresh"
+                )
+        return old
+
+    def clean(self) -> None:
+        """Remove what an interrupted run left behind beside its state and finished shards."""
+        for path in self.folder.iterdir():
+            if path.name != STATE and not path.name.endswith(".safetensors"):
+                path.unlink()
+
+    def publish(self) -> None:
+        """Move the finished folder to its place."""
+        (self.folder / STATE).unlink(missing_ok=True)
+        (self.folder / ACTIVATIONS).unlink(missing_ok=True)
+        if self.output.exists():
+            raise OutputError(f"output {str(self.output)!r} appeared while it was derived; the result is in {str(self.folder)!r}")
+        self.folder.rename(self.output)
+
+
+@contextmanager
+def open_workspace(output: Path, *, resume: bool) -> Iterator[Workspace]:
+    """Create or take up `OUT.partial`.
+
+    Raises
+    ------
+    OutputError
+        When the output exists, an interrupted run is there and `resume` is False, another process works in it, or
+        the folder cannot be written.
+    """
+    if os.path.lexists(output):
+        raise OutputError(f"output {str(output)!r} exists: name another one or delete it")
+    folder = output.with_name(f"{output.name}.partial")
+    resumed = resume and (folder / STATE).is_file()
+    if folder.exists() and not resume:
+        raise OutputError(
+            f"{str(folder)!r} holds an interrupted derivation: add --resume to go on with it, or delete it to start afresh"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror}; name another one") from None
+    try:
+        _lock(handle, folder)
+        workspace = Workspace(output, folder, resumed)
+        try:
+            workspace.clean()
+            yield workspace
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutputError(
+                    f"the disk is full; finished blocks are in {str(folder)!r}: make room and run again with --resume"
+                ) from None
+            _remove(folder)
+            raise
+        except Exception as error:
+            if not _keep(error, resumed):
+                _remove(folder)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _keep(error: Exception, resumed: bool) -> bool:
+    """An error removes the folder, but asking to resume in a wrong way must not cost the shards that are there."""
+    full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or (resumed and isinstance(error, ConfigError))
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the process ends
+    except OSError:
+        raise OutputError(f"another process is deriving into {str(folder)!r}: wait for it or name another output") from None
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def finished_as_planned(output: Path, plan: dict[str, Any]) -> bool:
+    """Tell whether `output` is a finished sub-model of this plan; raises `OutputError` when it is anything else."""
+    if not os.path.lexists(output):
+        return False
+    try:
+        manifest = read_json(output / MANIFEST)
+    except CheckpointError:
+        raise OutputError(f"output {str(output)!r} exists and is no sub-model: name another one") from None
+    for key in ("recipe", "base_model", "calibration"):
+        if manifest.get(key) != plan[key]:
+            difference = describe_difference(key, manifest.get(key), plan[key])
+            raise OutputError(f"output {str(output)!r} exists, made with another {difference}: name another one")
+    return True
+
+
+def describe_difference(key: str, old: Any, new: Any) -> str:
+    """Name the first differing entry of two plain JSON values, for an error message."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for inner in new:
+            if old.get(inner) != new[inner]:
+                return describe_difference(f"{key} ({inner})", old.get(inner), new[inner])
+    return f"{key}, {_short(old)} instead of {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,1 @@
+"""Running a sub-model: loading it and generating text."""
