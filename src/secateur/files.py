@@ -39,7 +39,7 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"cannot create the cache folder {folder} ({error.strerror}); set SECATEUR_CACHE to a folder you can write to"
+            f"cannot create the cache folder {folder} ({error.strerror}); set SECATEUR_CACHE to one you can write to"
         ) from error
     return folder
 
@@ -87,7 +87,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path`; what the block writes there replaces `path` when it ends, or is removed if it raises."""
+    """Yield a path beside `path`; the file written there replaces `path` when the block ends, or goes if it raises."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         yield partial

@@ -125,7 +125,7 @@ def run_client(command: list[str], folder: Path) -> None:
     """Run a package client; raises `SourceUnavailableError` with the end of what it said."""
     try:
         # The folder is empty: neither a project's package.json nor a stray pip.py where the user stands takes part.
-        done = subprocess.run(  # noqa: S603
+        done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired as error:

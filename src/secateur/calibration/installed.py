@@ -21,7 +21,17 @@ from secateur.calibration.trees import read_tree
 from secateur.errors import CorpusError
 
 # Tests repeat each other, lib2to3 and the encodings are tables, config-* and pydoc_data are generated.
-NOT_LIBRARY = ("test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo", "__phello__")
+NOT_LIBRARY = (
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "turtledemo",
+    "__phello__",
+)
 JDK_FOLDERS = ("/usr/lib/jvm/*", "/Library/Java/JavaVirtualMachines/*/Contents/Home")
 
 
@@ -68,7 +78,7 @@ class TorchHeaders(Source):
 
     def version(self) -> str:
         """Torch's own."""
-        return importlib.metadata.version("torch")
+        return _version("torch")
 
     def licence(self) -> str:
         """Torch's own."""
@@ -78,7 +88,9 @@ class TorchHeaders(Source):
         """Files named torch/PATH below the include folder."""
         include = _package_folder("torch") / "include"
         for part in ("ATen", "c10", "torch"):
-            yield from read_tree(include / part, {".h", ".hpp", ".cuh"}, skip=("ops", "generated"), prefix=f"torch/{part}/")
+            yield from read_tree(
+                include / part, {".h", ".hpp", ".cuh"}, skip=("ops", "generated"), prefix=f"torch/{part}/"
+            )
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,7 @@ class InstalledEnglish(Source):
 
     def missing(self) -> str | None:
         """Minimal interpreters leave pydoc_data out."""
-        return None if importlib.util.find_spec("pydoc_data.topics") else "this Python has no pydoc_data"
+        return None if importlib.util.find_spec("pydoc_data") else "this Python has no pydoc_data"
 
     def version(self) -> str:
         """Of the language reference; the hash in the provenance covers the descriptions."""
@@ -184,7 +196,7 @@ class InstalledArchive(Source):
 
     def version(self) -> str:
         """The distribution's own."""
-        return f"{self.distribution}=={importlib.metadata.version(self.distribution)}"
+        return f"{self.distribution}=={_version(self.distribution)}"
 
     def licence(self) -> str:
         """As declared for the package."""
@@ -200,7 +212,7 @@ class InstalledArchive(Source):
             found = re.fullmatch(self.member, f"{self.module}/{file.relative_to(root).as_posix()}")
             text = decode_source(file.read_bytes()) if found and file.is_file() else None
             if found and text is not None:
-                yield Document(found[1], text)
+                yield Document(f"{self.distribution}/{found[1]}", text)
 
 
 def _package_folder(name: str) -> Path:
@@ -208,6 +220,14 @@ def _package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     places = list(spec.submodule_search_locations or []) if spec else []
     return Path(places[0]) if places else Path(f"/no package {name}")
+
+
+def _version(distribution: str) -> str:
+    """Return the version of a package, which one that was only put on the path does not tell."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _normalised(distribution: importlib.metadata.Distribution) -> str:

@@ -10,9 +10,15 @@ from secateur.calibration.trees import read_tree
 from secateur.errors import CorpusError
 
 SOURCE_SUFFIXES = frozenset(
-    ".py .pyi .pyx .java .kt .kts .scala .groovy .c .cc .cpp .cxx .h .hh .hpp .hxx .inl .cu .cuh .m .mm .js .jsx .mjs"
-    " .cjs .ts .tsx .mts .vue .svelte .go .rs .rb .php .cs .fs .vb .swift .dart .lua .r .jl .sql .sh .bash .ps1 .pl .pm"
-    " .ex .exs .erl .hs .ml .mli .clj .cljs .lisp .el .scm .zig .nim .d .f90 .f .pas .adb .ads .v .sv .vhd".split()
+    f".{ending}"
+    for ending in (
+        *("py", "pyi", "pyx", "java", "kt", "kts", "scala", "groovy", "clj", "cljs"),
+        *("c", "cc", "cpp", "cxx", "h", "hh", "hpp", "hxx", "inl", "cu", "cuh", "m", "mm"),
+        *("js", "jsx", "mjs", "cjs", "ts", "tsx", "mts", "vue", "svelte"),
+        *("go", "rs", "zig", "nim", "d", "swift", "dart", "cs", "fs", "vb", "pas", "adb", "ads", "f", "f90"),
+        *("rb", "php", "pl", "pm", "lua", "r", "jl", "sql", "sh", "bash", "ps1"),
+        *("hs", "ml", "mli", "ex", "exs", "erl", "lisp", "el", "scm", "v", "sv", "vhd"),
+    )
 )
 JSON_LINES = (".jsonl", ".jsonl.gz")
 

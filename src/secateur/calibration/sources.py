@@ -80,7 +80,7 @@ class DataFolder(Source):
     folder: Path | None
 
     def missing(self) -> str | None:
-        """Both files or neither: one alone is an error, because a silent fallback would surprise whoever put it there."""
+        """Both files or neither: one alone is an error, because falling back in silence would surprise its owner."""
         if self.folder is None:
             return f"none given with --data or {DATA_VARIABLE}"
         files = [self._file(split) for split in SPLITS]
@@ -111,7 +111,7 @@ class DataFolder(Source):
     def _read(self, split: str) -> Iterator[Document]:
         for number, record in read_json_lines(self._file(split)):
             if len(record["text"]) >= MINIMUM_CHARACTERS:
-                yield Document(record_name(record) or f"line {number}", record["text"])
+                yield Document(record_name(record) or f"{split} line {number}", record["text"])
 
     def _field(self, field: str) -> str:
         found = {str(record.get(field, "")) for split in SPLITS for _, record in read_json_lines(self._file(split))}
@@ -179,7 +179,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise CorpusError(f"{file}, line {number}: expected an object with a string 'text', got {line[:60]!r}")
         try:
-            json.dumps(record, ensure_ascii=False).encode()
+            (record["text"] + record_name(record)).encode()
         except UnicodeEncodeError as error:
             raise CorpusError(f"{file}, line {number}: half of a surrogate pair is no text ({error})") from error
         yield number, record

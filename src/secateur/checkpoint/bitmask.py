@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
+from secateur.models.finite import all_finite
 
 WORD_BITS = 64
 ALIGNMENT = 64
@@ -114,7 +115,7 @@ def check(packed: PackedWeight, shape: tuple[int, int], name: str) -> None:
     n_kept, whole = int(offsets[-1]), ALIGNMENT // values.element_size()
     if values.numel() != -(-n_kept // whole) * whole:
         raise _damaged(name, f"{values.numel()} values are stored for {n_kept} kept weights")
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise _damaged(name, "values hold NaN or infinity")
 
 

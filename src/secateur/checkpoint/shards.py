@@ -30,24 +30,25 @@ def write_outer_shard(
     write_safetensors(path, lazy, METADATA)
 
 
-def read_block_shard(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """Return all tensors of a block's shard by full name, the packed ones (named in `shapes`) unpacked.
+def read_shard(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Return the tensors of one shard by full name, packed weights unpacked.
 
     Raises
     ------
     CheckpointError
-        When the file cannot be read, lacks a tensor, or its parts contradict each other.
+        When the file cannot be read, or a packed weight is incomplete, damaged or not in `shapes`.
     """
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            parts = {f"{name}.{suffix}" for name in shapes for suffix in SUFFIXES}
-            if missing := sorted(parts - names):
+            packed = sorted({name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in SUFFIXES})
+            parts = {f"{name}.{suffix}" for name in packed for suffix in SUFFIXES}
+            if missing := sorted(parts - names) or [name for name in packed if name not in shapes]:
                 raise CheckpointError(f"shard {str(path)!r} lacks {missing[0]!r}; derive or fetch the sub-model again")
             tensors = {name: file.get_tensor(name).clone() for name in sorted(names - parts)}
-            for name, shape in shapes.items():
-                packed = PackedWeight(*(file.get_tensor(f"{name}.{suffix}") for suffix in SUFFIXES))
-                tensors[name], _ = unpack(packed, shape, name)
+            for name in packed:
+                parts_of = PackedWeight(*(file.get_tensor(f"{name}.{suffix}") for suffix in SUFFIXES))
+                tensors[name], _ = unpack(parts_of, shapes[name], name)
             return tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"shard {str(path)!r} cannot be read ({error}); derive or fetch it again") from None

@@ -7,15 +7,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 
-from secateur.calibration.packing import Window
 from secateur.errors import CorpusError, ModelError
 from secateur.evaluation.statistics import Difference, ratio, ratio_difference
-from secateur.models.likelihood import token_log_likelihood
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from secateur.calibration.held_out import Window
 
 BATCH = 4  # windows in one pass: enough to fill a CPU, little beside the weights
 
@@ -33,13 +35,13 @@ class DocumentLoss:
     tokens
         Number of predicted tokens.
     n_bytes
-        Bytes of text of the predicted tokens: a window's bytes, shared evenly over all of its tokens.
+        Bytes of UTF-8 text of the predicted tokens.
     """
 
     document: str
     nats: float
     tokens: int
-    n_bytes: float
+    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class PerplexityResult:
         return sum(document.tokens for document in self.documents)
 
     @property
-    def n_bytes(self) -> float:
+    def n_bytes(self) -> int:
         """Bytes of text of the predicted tokens."""
         return sum(document.n_bytes for document in self.documents)
 
@@ -114,8 +116,8 @@ class PerplexityComparison:
 
 
 def evaluate_perplexity(
-    model: PreTrainedModel,
-    windows: Sequence[Window],
+    model: "PreTrainedModel",
+    windows: "Sequence[Window]",
     domain: str,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -144,12 +146,11 @@ def evaluate_perplexity(
     if not windows:
         raise CorpusError(f"the held-out text of {domain} has no token to predict; give more text")
     nats = _window_nats(model, windows, domain, progress)
-    sums: dict[str, tuple[float, int, float]] = {}
+    sums: dict[str, tuple[float, int, int]] = {}
     for window, loss in zip(windows, nats, strict=True):
-        length = len(window.token_ids)
-        before = sums.get(window.document, (0.0, 0, 0.0))
-        share = window.n_bytes * (length - 1) / length
-        sums[window.document] = (before[0] + loss, before[1] + length - 1, before[2] + share)
+        before = sums.get(window.document, (0.0, 0, 0))
+        predicted = len(window.token_ids) - 1
+        sums[window.document] = (before[0] + loss, before[1] + predicted, before[2] + window.n_bytes)
     return summarise(domain, [DocumentLoss(document, *entry) for document, entry in sums.items()])
 
 
@@ -158,7 +159,7 @@ def summarise(domain: str, documents: Sequence[DocumentLoss]) -> PerplexityResul
     nats = [document.nats for document in documents]
     value, error = ratio(nats, [document.tokens for document in documents])
     per_byte, _ = ratio(nats, [document.n_bytes for document in documents])
-    return PerplexityResult(domain, tuple(documents), math.exp(value), error, per_byte / math.log(2))
+    return PerplexityResult(domain, tuple(documents), _exp(value), error, per_byte / math.log(2))
 
 
 def compare_perplexity(
@@ -199,19 +200,21 @@ def compare_perplexity(
         [their.nats for _, their in pairs],
         [their.tokens for _, their in pairs],
     )
-    low, high = (None if end is None else math.exp(end) for end in (difference.low, difference.high))
-    return PerplexityComparison(
-        against, True, len(pairs), difference, math.exp(difference.value), low, high, per_byte
-    )
+    low, high = (None if end is None else _exp(end) for end in (difference.low, difference.high))
+    return PerplexityComparison(against, True, len(pairs), difference, _exp(difference.value), low, high, per_byte)
 
 
 def _window_nats(
-    model: PreTrainedModel,
-    windows: Sequence[Window],
+    model: "PreTrainedModel",
+    windows: "Sequence[Window]",
     domain: str,
     progress: Callable[[int, int], None] | None,
 ) -> list[float]:
     """Return the negative log-likelihood of each window; windows of one length go through the model together."""
+    import torch
+
+    from secateur.models.likelihood import token_log_likelihood
+
     by_length: dict[int, list[int]] = {}
     for index, window in enumerate(windows):
         by_length.setdefault(len(window.token_ids), []).append(index)
@@ -233,3 +236,11 @@ def _window_nats(
             if progress is not None:
                 progress(done, len(windows))
     return nats
+
+
+def _exp(value: float) -> float:
+    """Return e^value, infinite where a float cannot hold it: a ruined model may be that surprised."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

@@ -74,9 +74,9 @@ def _linearised(numerators: ArrayLike, denominators: ArrayLike) -> tuple[float, 
     above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     if above.shape != below.shape or above.ndim != 1:
         raise ValueError(f"one numerator for each denominator is needed, not {above.shape} for {below.shape}")
-    total = below.sum()
-    value = above.sum() / total
-    return float(value), (above - value * below) / total
+    total = float(below.sum())
+    value = float(above.sum()) / total
+    return value, (above - value * below) / total
 
 
 def _standard_error(residuals: NDArray[np.float64]) -> float | None:
@@ -97,7 +97,7 @@ def student_quantile(probability: float, degrees: int) -> float:
         return math.tan(math.pi * (probability - 0.5))
     if degrees == 2:
         centred = 2 * probability - 1
-        return centred * math.sqrt(2 / (1 - centred**2))
+        return float(centred * math.sqrt(2 / (1 - centred**2)))
     z = NormalDist().inv_cdf(probability)
     terms = (
         (z**3 + z) / 4,
@@ -105,4 +105,4 @@ def student_quantile(probability: float, degrees: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+    return float(z + sum(term / degrees**power for power, term in enumerate(terms, start=1)))

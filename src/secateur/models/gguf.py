@@ -64,6 +64,7 @@ def convert_gguf(path: Path, stem: str | None = None) -> Path:
     _remove_stale(target)
     file = GGUFFile(path)
     config = build_config(file)
+    _check_vocabulary(file, config["vocab_size"])
     try:
         with atomic_folder(target) as folder:
             write_tokenizer(file, folder)
@@ -121,7 +122,8 @@ def _check(file: GGUFFile, sources: dict[str, Source], ignored: set[str]) -> Non
             raise ModelError(f"{file.path} has no tensor {source.name} (for {name}); it is incomplete")
         if tensor.shape != source.shape:
             raise ModelError(
-                f"{file.path}: tensor {source.name} has shape {list(tensor.shape)}, its metadata say {list(source.shape)}"
+                f"{file.path}: tensor {source.name} has shape {list(tensor.shape)} where its metadata say "
+                f"{list(source.shape)}; fetch it again"
             )
     unknown = sorted(set(file.tensors) - {source.name for source in sources.values()} - ignored)
     if unknown:
@@ -129,6 +131,13 @@ def _check(file: GGUFFile, sources: dict[str, Source], ignored: set[str]) -> Non
             f"{file.path} has {len(unknown)} tensors that a plain {file.metadata['general.architecture']} has not "
             f"({', '.join(unknown[:3])}); give the model as a Hugging Face folder instead"
         )
+
+
+def _check_vocabulary(file: GGUFFile, rows: int) -> None:
+    """Refuse a file with more tokens than its embedding has rows."""
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > rows:
+        raise ModelError(f"{file.path} has {len(tokens)} tokens but an embedding of {rows} rows; fetch it again")
 
 
 def _hash(path: Path) -> str:

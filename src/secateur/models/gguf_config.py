@@ -4,6 +4,7 @@ Written by hand for the few architectures that are understood, because building 
 whole vocabulary several times. What is not understood (a rotary scaling, a mixture of experts) is refused by name.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,12 @@ ARCHITECTURES = {
 }
 
 # Names that end a text or a turn, whatever the file calls its one end-of-sequence token.
-END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "</s>", "<eos>")
-CONTROL = 3
+END_TOKENS = {
+    *("<|endoftext|>", "<|im_end|>"),  # Qwen, SmolLM
+    *("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),  # Llama 3
+    *("</s>", "<eos>", "<end_of_turn>"),  # Mistral, Gemma
+}
+CONTROL = 3  # the token type
 
 GEMMA_LOCAL_THETA = 10_000.0
 GEMMA_PATTERN = 6
@@ -41,7 +46,7 @@ class Metadata:
         value = self.get(key, default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]  # some converters write one value for each layer
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ModelError(f"{self.file.path} has {value!r} for {self.architecture}.{key}; one number is needed")
         return value
 
@@ -89,10 +94,14 @@ def build_config(file: GGUFFile) -> dict[str, Any]:
             f"{file.path} has the architecture {architecture!r}; GGUF files of {known} can be read, "
             "other models as a Hugging Face folder"
         )
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        raise ModelError(f"{file.path} is one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
     if metadata.get("expert_count"):
         raise ModelError(f"{file.path} is a mixture of experts; give it as a Hugging Face folder instead of a GGUF")
     if EMBEDDING not in file.tensors:
         raise ModelError(f"{file.path} has no tensor {EMBEDDING}; it is not a whole language model")
+    if metadata.count("block_count") > len(file.tensors):
+        raise ModelError(f"{file.path} has {metadata.count('block_count')} blocks but only {len(file.tensors)} tensors")
     model_type, class_name = ARCHITECTURES[architecture]
     heads, hidden = metadata.count("attention.head_count"), metadata.count("embedding_length")
     config = {
@@ -125,7 +134,8 @@ def build_generation_config(file: GGUFFile) -> dict[str, Any]:
     ends = {metadata.token(key) for key in ("eos", "eot", "eom")} - {None}
     tokens, kinds = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
     if isinstance(tokens, list) and isinstance(kinds, list):
-        ends |= {i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == CONTROL and token in END_TOKENS}
+        pairs = zip(tokens, kinds, strict=False)
+        ends |= {i for i, (token, kind) in enumerate(pairs) if kind == CONTROL and token in END_TOKENS}
     config: dict[str, Any] = {"bos_token_id": metadata.token("bos"), "pad_token_id": metadata.token("padding")}
     # The file's own end comes first, as in the generation configs that models are published with.
     first = metadata.token("eos")
@@ -137,10 +147,10 @@ def _head_dim(metadata: Metadata, hidden: int, heads: int) -> int:
     keys = metadata.count("attention.key_length", metadata.count("rope.dimension_count", max(1, hidden // heads)))
     values = metadata.count("attention.value_length", keys)
     rotated = metadata.count("rope.dimension_count", keys)
-    if not keys == values == rotated:
+    if not keys == values == rotated or keys % 2:
         raise ModelError(
             f"{metadata.file.path} has keys of {keys}, values of {values} and {rotated} rotated dimensions; "
-            "they must be equal"
+            "they must be one even number"
         )
     return keys
 
@@ -162,7 +172,8 @@ def _llama(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
 
 def _qwen(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     if metadata.get("attention.sliding_window") is not None:
-        raise ModelError(f"{metadata.file.path} has a sliding window, which is not understood for {metadata.architecture}")
+        name = metadata.architecture
+        raise ModelError(f"{metadata.file.path} has a sliding window, which is not understood for {name}")
     return {"hidden_act": "silu", "use_sliding_window": False, "sliding_window": None} | (
         {"attention_bias": False} if metadata.architecture == "qwen3" else {}
     )
@@ -179,12 +190,12 @@ def _gemma3(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     if len(local) != layers:
         raise ModelError(f"{metadata.file.path} says for {len(local)} layers whether they slide; it has {layers}")
     # llama.cpp takes the scale from the size as well: only the 27B model divides by hidden_size / heads.
-    is_27b = layers == GEMMA_27B_LAYERS
+    divided = config["hidden_size"] // config["num_attention_heads"]
     capping = metadata.get("final_logit_softcapping")
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
-        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"],
+        "query_pre_attn_scalar": divided if layers == GEMMA_27B_LAYERS else config["head_dim"],
         "sliding_window": metadata.count("attention.sliding_window"),
         "layer_types": ["sliding_attention" if slides else "full_attention" for slides in local],
         "final_logit_softcapping": capping if isinstance(capping, float) and capping > 0 else None,
@@ -203,8 +214,8 @@ def _rope(metadata: Metadata) -> dict[str, Any]:
     gemma = metadata.architecture == "gemma3"
     theta = metadata.number("rope.freq_base", 1_000_000.0 if gemma else 10_000.0)
     rope: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
-    keys = {key.removeprefix(f"{metadata.architecture}.rope.scaling.") for key in metadata.file.metadata}
-    keys &= {key for key in keys if f"{metadata.architecture}.rope.scaling.{key}" in metadata.file.metadata}
+    prefix = f"{metadata.architecture}.rope.scaling."
+    keys = {key.removeprefix(prefix) for key in metadata.file.metadata if key.startswith(prefix)}
     kind = metadata.get("rope.scaling.type", "none")
     factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0))
     if kind == "none" and metadata.get("rope.scale_linear") is not None:

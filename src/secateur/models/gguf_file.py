@@ -48,13 +48,13 @@ class GGUFTensor:
     def row_bytes(self) -> int:
         """Bytes of one row, the last dimension."""
         block, size = GGML_QUANT_SIZES[self.kind]
-        return self.shape[-1] // block * size
+        return int(self.shape[-1] // block * size)
 
     @property
     def bits_per_weight(self) -> float:
         """Bits for each element: the more, the more precise."""
         block, size = GGML_QUANT_SIZES[self.kind]
-        return 8 * size / block
+        return float(8 * size / block)
 
 
 class GGUFFile:
@@ -181,7 +181,7 @@ def _tensor_entry(cursor: _Cursor) -> GGUFTensor:
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        raise ModelError(f"tensor {name} has quantisation type {number}, which the gguf package does not know") from None
+        raise ModelError(f"tensor {name} has quantisation type {number}, unknown to the gguf package") from None
     block = GGML_QUANT_SIZES[kind][0]
     if 0 in shape or shape[-1] % block:
         raise _DamagedError(f"tensor {name} has shape {list(shape)} and type {kind.name}, whose blocks have {block}")

@@ -41,7 +41,8 @@ GEMMA_NORMS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 
-EMBEDDING, HEAD, FINAL_NORM, ROPE_FACTORS = "token_embd.weight", "output.weight", "output_norm.weight", "rope_freqs.weight"
+EMBEDDING, HEAD, FINAL_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING_NAME, HEAD_NAME, FINAL_NORM_NAME = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 

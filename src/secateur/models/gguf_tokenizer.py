@@ -29,7 +29,7 @@ QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT2_PRE = ("gpt-2", "default")
 DIGITS_PRE = ("smollm", "starcoder", "refact")
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
-QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
+QWEN2_PRE = ("qwen2",)
 
 SPECIAL_ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 SPACE = "\u2581"
@@ -68,7 +68,8 @@ def write_tokenizer(file: GGUFFile, folder: Path) -> None:
     for role, name in SPECIAL_ROLES.items():
         token = metadata.token(role)
         config[name] = None if token is None else tokens[token]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
     template = file.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -80,7 +81,7 @@ def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise ModelError(f"{file.path} has no vocabulary (tokenizer.ggml.tokens); it is not a whole language model")
     kinds = file.metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
-    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+    if not isinstance(kinds, list) or len(kinds) != len(tokens) or not all(isinstance(kind, int) for kind in kinds):
         raise ModelError(f"{file.path} has {len(tokens)} tokens but not as many token types")
     return [str(token) for token in tokens], [int(str(kind)) for kind in kinds]
 
@@ -91,11 +92,9 @@ def _byte_level(file: GGUFFile, tokens: list[str], kinds: list[int]) -> Tokenize
     if not isinstance(merges, list):
         raise ModelError(f"{file.path} has no merges (tokenizer.ggml.merges) for its vocabulary")
     pre = file.metadata.get("tokenizer.ggml.pre")
-    # llama.cpp's converter fills the vocabulary up to the size of the embedding; the published tokenizer has no such tokens.
-    vocabulary = {
-        token: i for i, token in enumerate(tokens) if not (kinds[i] == UNUSED and FILLER.fullmatch(token))
-    }
-    pairs = [tuple(str(merge).split(" ")) for merge in merges]
+    # llama.cpp's converter fills the vocabulary up to the size of the embedding; published tokenizers do not.
+    vocabulary = {token: i for i, token in enumerate(tokens) if not (kinds[i] == UNUSED and FILLER.fullmatch(token))}
+    pairs = [_pair(file, merge) for merge in merges]
     # Llama 3 looks a whole word up before it merges.
     tokenizer = Tokenizer(_bpe(file, vocabulary, pairs, ignore_merges=pre in LLAMA3_PRE))
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,7 +107,7 @@ def _byte_level(file: GGUFFile, tokens: list[str], kinds: list[int]) -> Tokenize
         split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT if pre in LLAMA3_PRE else QWEN2_SPLIT), "isolated")
         mapped = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, mapped])
-        if pre == "qwen2":
+        if pre in QWEN2_PRE:
             tokenizer.normalizer = normalizers.NFC()
     else:
         known = ", ".join((*GPT2_PRE, *DIGITS_PRE, *LLAMA3_PRE, *QWEN2_PRE))
@@ -129,7 +128,7 @@ def _sentencepiece(file: GGUFFile, architecture: str, tokens: list[str]) -> Toke
         scores: list[float] = [float(-i) for i in range(len(tokens))]
     else:
         stored = file.metadata.get("tokenizer.ggml.scores")
-        if not isinstance(stored, list) or len(stored) != len(tokens):
+        if not isinstance(stored, list) or len(stored) != len(tokens) or not all(isinstance(s, float) for s in stored):
             raise ModelError(f"{file.path} has no scores (tokenizer.ggml.scores) for its vocabulary")
         scores = [float(str(score)) for score in stored]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -156,14 +155,21 @@ def _sentencepiece(file: GGUFFile, architecture: str, tokens: list[str]) -> Toke
     return tokenizer
 
 
-def _bpe(file: GGUFFile, vocabulary: dict[str, int], merges: list[tuple[str, ...]], **options: Any) -> BPE:
+def _pair(file: GGUFFile, merge: object) -> tuple[str, str]:
+    left, space, right = str(merge).partition(" ")
+    if not (left and space and right) or " " in right:
+        raise ModelError(f"{file.path} has {merge!r} among its merges, where two tokens are needed; fetch it again")
+    return left, right
+
+
+def _bpe(file: GGUFFile, vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> BPE:
     try:
         return BPE(vocab=vocabulary, merges=merges, **options)
     except Exception as error:  # tokenizers raises nothing narrower
         raise ModelError(f"{file.path} has a vocabulary that its merges do not fit ({error})") from error
 
 
-def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, ...]]:
+def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Return every way to join two tokens to a third, the best third first, as sentencepiece would join them."""
     found = []
     for token, i in vocabulary.items():

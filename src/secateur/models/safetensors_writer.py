@@ -96,7 +96,9 @@ def write_safetensors(
             for entry in entries:
                 file.write(_bytes_of(entry, tensors[entry.name]))
     except OSError as error:
-        raise OutputError(f"cannot write {path} ({error.strerror or error}); free some space or choose another path") from error
+        raise OutputError(
+            f"cannot write {path} ({error.strerror or error}); free some space or choose another path"
+        ) from error
 
 
 def _layout(tensors: Mapping[str, Tensor | Lazy]) -> list[_Entry]:
@@ -147,7 +149,7 @@ def _bytes_of(entry: _Entry, source: Tensor | Lazy) -> memoryview:
         array = np.ascontiguousarray(tensor)
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _torch_dtype(dtype: torch.dtype | np.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def resolve_model(name: str | Path) -> ModelFolder:
         # Imported here because it imports torch by way of the converter.
         from secateur.models.demo import DEMO_NAME, demo_folder
 
-        return _checked(ModelFolder(demo_folder(), DEMO_NAME))
+        return _cached(demo_folder, DEMO_NAME)
     hub_id = HUB_ID.fullmatch(text)
     if hub_id and isinstance(name, str) and not text.startswith(".") and not text.endswith(".gguf"):
         return _checked(ModelFolder(_download(hub_id["repository"], hub_id["revision"]), text))
@@ -109,13 +110,18 @@ def _from_file(path: Path) -> ModelFolder:
         raise ModelError(f"{path} is a file, but not a *.gguf; give the model's folder, or a GGUF file")
     from secateur.models.gguf import convert_gguf
 
-    folder = convert_gguf(path)
+    return _cached(lambda: convert_gguf(path), path.stem)
+
+
+def _cached(make: Callable[[], Path], name: str) -> ModelFolder:
+    """Return the model that `make` takes from the cache or puts there."""
+    folder = make()
     try:
-        return _checked(ModelFolder(folder, path.stem))
+        return _checked(ModelFolder(folder, name))
     except ModelError:
-        # The cache was damaged after it was made; the source is still there.
+        # It was whole when it was put there, and can be made again.
         shutil.rmtree(folder, ignore_errors=True)
-        return _checked(ModelFolder(convert_gguf(path), path.stem))
+        return _checked(ModelFolder(make(), name))
 
 
 def _download(repository: str, revision: str | None) -> Path:
@@ -124,9 +130,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
     try:
         return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED
-            )
+            snapshot_download(repository, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
         )
     except Exception as error:  # the client's errors and those of its transport share no base
         at = f" at revision {revision}" if revision else ""
@@ -229,7 +233,7 @@ def _not_found(text: str) -> str:
     close = difflib.get_close_matches(path.name, known, n=1)
     hint = ""
     if close:
-        hint = f"did you mean {close[0] if close[0] == DEMO and DEMO not in beside else str(path.parent / close[0])!r}? "
+        hint = f"did you mean {str(path.parent / close[0])!r}? "
     return (
         f"there is no model {text!r}: no folder or file {path} exists; {hint}"
         f"give a Hugging Face folder, a *.gguf file, a hub id ORGANISATION/NAME, or {DEMO!r}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from secateur.errors import ModelError
+from secateur.models.finite import all_finite
 from secateur.models.source import ModelFolder
 
 FLOAT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -121,8 +122,12 @@ class WeightReader:
 
     def read(self, name: str) -> Tensor:
         """Return a copy of a tensor; raises `ModelError` when it holds NaN or infinity."""
-        tensor = self.mapped(name).clone()
-        if not bool(torch.isfinite(tensor).all()):
+        return self.checked(name).clone()
+
+    def checked(self, name: str) -> Tensor:
+        """Return a mapped tensor (see `mapped`); raises `ModelError` when it holds NaN or infinity."""
+        tensor = self.mapped(name)
+        if not all_finite(tensor):
             raise ModelError(
                 f"weight {name!r} of model {self.folder.name!r} holds NaN or infinity; fetch the model again"
             )

@@ -268,7 +268,7 @@ class _Derivation:
         path = self.workspace.folder / shard_name(total, total)
         if not path.exists():
             with reader:
-                write_outer_shard(path, {n: (reader.shape(n), reader.mapped(n).dtype) for n in outer}, reader.read)
+                write_outer_shard(path, {n: (reader.shape(n), reader.mapped(n).dtype) for n in outer}, reader.checked)
         shapes = {b.weight_name(n): self._shape(b, n) for b in self.blocks for n in b.prunable}
         provenance = Provenance(
             self.plan["base_model"],

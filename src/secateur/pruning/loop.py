@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from secateur.calibration.statistics import InputStatistics, StatisticsCollector
 from secateur.checkpoint.bitmask import PackedWeight, pack
-from secateur.checkpoint.shards import read_block_shard, write_block_shard
+from secateur.checkpoint.shards import read_shard, write_block_shard
 from secateur.config import Recipe
 from secateur.errors import ModelError
 from secateur.models.replay import BlockInputs, run_block
 from secateur.models.structure import Block
 from secateur.models.weights import WeightReader, drop_parameters, set_parameters
-from secateur.pruning.masks import Target
+from secateur.pruning.masks import Target, zero_removed
 from secateur.pruning.methods import METHODS, Method
 
 Progress = Callable[[str, int, int], None]
@@ -158,7 +158,7 @@ def _prune_weight(
     with torch.inference_mode():
         pruned = method.function(weight.detach(), statistics, target)
         packed = pack(pruned.weight, pruned.mask)
-        weight.data.copy_(torch.where(pruned.mask.to(weight.device), pruned.weight, torch.zeros_like(weight)))
+        weight.data.copy_(zero_removed(pruned.weight, pruned.mask))
     return packed
 
 
@@ -170,7 +170,7 @@ def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
     with timer("restore"):
         if run.recipe.propagate:
             shapes = {block.weight_name(n): tuple(module.get_submodule(n).weight.shape) for n in block.prunable}
-            tensors = read_block_shard(path, shapes)
+            tensors = read_shard(path, shapes)
             dtype = tensors[block.weight_name(block.prunable[0])].dtype
             prefix = len(block.name) + 1
             set_parameters(module, {name[prefix:]: t.to(run.device, dtype) for name, t in tensors.items()})

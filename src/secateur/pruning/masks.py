@@ -61,3 +61,14 @@ def keep_top(score: Tensor, target: Target) -> Tensor:
         ties = np.flatnonzero(scores[row] == threshold[row])
         mask[row, ties[len(ties) - short[row] :]] = True
     return torch.from_numpy(mask).reshape(score.shape)
+
+
+def zero_removed(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return the weight with +0 where the mask is False; every kept entry has its own bits.
+
+    weight: [out_features, in_features], two or four bytes an entry; mask: bool, same shape, on the CPU.
+    """
+    bits = weight.detach().cpu().contiguous().view(torch.int16 if weight.element_size() == 2 else torch.int32).numpy()
+    # An integer product is exact and many times faster than torch.where on the CPU.
+    product = torch.from_numpy(bits * mask.numpy()).view(weight.dtype)
+    return product.to(weight.device)

@@ -106,7 +106,7 @@ def load(path: str | Path, *, threads: int | None = None, device: str = "cpu") -
     """
     from secateur.models.source import load_tokenizer, resolve_model
 
-    _check_device(device)
+    check_device(device)
     if threads is not None:
         set_threads(threads)
     folder = resolve_model(str(path))
@@ -122,7 +122,8 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise `ConfigError` when torch cannot put a tensor on `device`."""
     import torch
 
     try:

@@ -1,0 +1,150 @@
+"""What a sub-model is, how it was made, and whether its files are what they were."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from secateur.checkpoint.bitmask import SUFFIXES
+from secateur.checkpoint.format import CARD, MANIFEST, check_quantization_config, read_json
+from secateur.errors import CheckpointError
+from secateur.files import sha256_file
+
+_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "I64": 8}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The description of one sub-model.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    manifest
+        The content of its `secateur.json`.
+    bytes_by_part
+        Bytes of `bitmask`, `values`, `row_offsets`, `dense tensors` (embeddings, head, norms, biases) and
+        `other files`.
+    bits_per_weight
+        Bits of bitmask, values and offsets for each prunable weight, removed ones included.
+    verified
+        Whether every file was compared with its SHA-256; False when that was not asked for.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    bytes_by_part: dict[str, int]
+    bits_per_weight: float
+    verified: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.bytes_by_part.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {
+            "path": str(self.path),
+            "bytes": self.total_bytes,
+            "bytes_by_part": self.bytes_by_part,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "verified": self.verified,
+            **self.manifest,
+        }
+
+
+def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
+    """Describe a sub-model from its manifest and the headers of its files.
+
+    Parameters
+    ----------
+    path
+        A sub-model folder.
+    verify
+        Compare every file with the SHA-256 in the manifest.
+
+    Raises
+    ------
+    CheckpointError
+        When the folder is no sub-model, is not whole, or a file differs from its hash.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    shapes = check_quantization_config(read_json(folder / "config.json").get("quantization_config"))
+    files = _file_hashes(folder, manifest)
+    if verify:
+        for name, expected in files.items():
+            if (received := sha256_file(folder / name)) != expected:
+                raise CheckpointError(
+                    f"{str(folder / name)!r} is damaged: its SHA-256 is {received[:16]}..., the manifest says "
+                    f"{expected[:16]}...; derive or fetch the sub-model again"
+                )
+    parts = _bytes_by_part(folder, files)
+    size = sum(out_features * in_features for out_features, in_features in shapes.values())
+    packed = sum(parts[suffix] for suffix in SUFFIXES)
+    return Inspection(folder, manifest, parts, 8 * packed / max(size, 1), verify)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the content of a sub-model's `secateur.json`; raises `CheckpointError` when it cannot be used."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{str(folder)!r} is no folder: name a sub-model that `secateur derive` has written")
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} has no {MANIFEST}: it is no sub-model, or it was not finished "
+            "(`secateur derive --resume` goes on with an interrupted one)"
+        )
+    manifest = read_json(folder / MANIFEST)
+    wanted = {
+        "base_model": dict, "recipe": dict, "calibration": dict, "layers": list, "files": dict,
+        "values": str, "sparsity": int | float, "prunable_weights": int, "kept_weights": int,
+    }  # fmt: skip
+    for key, kind in wanted.items():
+        if not isinstance(manifest.get(key), kind):
+            raise CheckpointError(
+                f"{str(folder / MANIFEST)!r} has no usable {key!r}; derive or fetch the sub-model again"
+            )
+    return manifest
+
+
+def _file_hashes(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    files = manifest["files"]
+    for name in files:
+        # The names come from a file that anyone may have written: they must not lead out of the folder.
+        if Path(name).name != name or not isinstance(files[name], str):
+            raise CheckpointError(f"{MANIFEST} names a file {name!r}, which is no plain file name; do not trust it")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{str(folder)!r} lacks {name!r}; derive or fetch the sub-model again")
+    if CARD not in files or "config.json" not in files:
+        raise CheckpointError(f"{MANIFEST} of {str(folder)!r} does not name all files; fetch the sub-model again")
+    return files
+
+
+def _bytes_by_part(folder: Path, files: dict[str, str]) -> dict[str, int]:
+    parts = dict.fromkeys((*SUFFIXES, "dense tensors", "other files"), 0)
+    for path in sorted(folder.iterdir()):
+        size = path.stat().st_size
+        if path.suffix == ".safetensors" and path.name in files:
+            for key, n_bytes in _tensor_sizes(path):
+                suffix = key.rpartition(".")[2]
+                parts[suffix if suffix in SUFFIXES else "dense tensors"] += n_bytes
+                size -= n_bytes
+        parts["other files"] += size
+    return parts
+
+
+def _tensor_sizes(path: Path) -> Iterator[tuple[str, int]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                piece = file.get_slice(key)
+                n_bytes = _BYTES.get(piece.get_dtype(), 0)
+                for length in piece.get_shape():
+                    n_bytes *= length
+                yield key, n_bytes
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read ({error}); derive or fetch the sub-model again") from None

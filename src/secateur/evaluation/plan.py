@@ -1,0 +1,163 @@
+"""What an evaluation will do, worked out in full before the first model is opened.
+
+Every name, option and piece of text is looked at here, so that a mistake costs seconds and not the hours after it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from secateur.errors import ConfigError, CorpusError, OutputError
+from secateur.evaluation.tasks import Task, parse_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from secateur.calibration.documents import Provenance
+    from secateur.calibration.held_out import Window
+    from secateur.models.source import ModelFolder
+
+WINDOW_LENGTH = 512
+WINDOWS_PER_DOCUMENT = 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured: its name, its folder, and for each task its windows or why there are none."""
+
+    name: str
+    folder: "ModelFolder"
+    text: dict[str, "list[Window] | str"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is to be measured.
+
+    Attributes
+    ----------
+    tasks, subjects
+        In the order of the rows and columns of the result.
+    against
+        Name of the subject that the others are compared with, or None.
+    corpora
+        Sources of the text of each task; empty where there is none.
+    window_length
+        Tokens in a window, at most: what the smallest of the models can take, up to 512.
+    """
+
+    tasks: tuple[Task, ...]
+    subjects: tuple[Subject, ...]
+    against: str | None
+    corpora: "dict[str, tuple[Provenance, ...]]"
+    window_length: int
+
+
+def make_plan(
+    models: Sequence[str | Path],
+    tasks: Sequence[str],
+    *,
+    against: str | Path | None,
+    limit: int,
+    data: Path | None,
+    skip_missing: bool,
+) -> Plan:
+    """Resolve every name and tokenise every text; parameters and errors are those of `evaluate`."""
+    from secateur.calibration.held_out import held_out_windows
+    from secateur.models.source import load_tokenizer
+
+    parsed = _parse_tasks(tasks)
+    folders, against_name = _resolve(models, against)
+    length = min([WINDOW_LENGTH, *(_positions(folder) for folder in folders.values())])
+    corpora, missing = _find_corpora(parsed, data, skip_missing)
+
+    def windows(task: Task, tokenizer: "PreTrainedTokenizerBase") -> "list[Window]":
+        options = {"window_length": length, "windows_per_document": WINDOWS_PER_DOCUMENT}
+        return held_out_windows(task.domain, tokenizer, max_tokens=limit, data=data, **options)
+
+    subjects = []
+    for name, folder in folders.items():
+        tokenizer = load_tokenizer(folder)
+        text = {task.name: missing.get(task.name) or windows(task, tokenizer) for task in parsed}
+        subjects.append(Subject(name, folder, text))
+    _check_common_documents(subjects, against_name)
+    return Plan(tuple(parsed), tuple(subjects), against_name, corpora, length)
+
+
+def check_arguments(models: Sequence[str | Path], tasks: Sequence[str], limit: int, output: Path | None) -> None:
+    """Refuse arguments that no look at the disk for models or text could mend."""
+    if isinstance(models, str | Path) or isinstance(tasks, str):
+        raise ConfigError("models and tasks are lists; put a single name into one")
+    if not models or not tasks:
+        raise ConfigError("nothing to evaluate: name at least one model and one task, such as perplexity:python")
+    if limit < 2:
+        raise ConfigError(f"the limit is {limit} tokens; at least 2 are needed to predict one")
+    if output is not None and (output.exists() or output.is_symlink()):
+        raise OutputError(f"output {str(output)!r} exists; name another folder or remove it")
+
+
+def _parse_tasks(tasks: Sequence[str]) -> list[Task]:
+    from secateur.calibration.corpora import DOMAINS
+
+    return [parse_task(name, DOMAINS.names()) for name in dict.fromkeys(tasks)]
+
+
+def _resolve(models: Sequence[str | Path], against: str | Path | None) -> "tuple[dict[str, ModelFolder], str | None]":
+    """Return folders by the users' names, each folder once, and the name of the one to compare with."""
+    from secateur.models.source import resolve_model
+
+    folders: dict[str, ModelFolder] = {}
+    names: dict[Path, str] = {}
+    for name in models:
+        folder = resolve_model(str(name))
+        if folder.path not in names:
+            names[folder.path] = str(name)
+            folders[str(name)] = folder
+    if against is None:
+        return folders, None
+    parent = resolve_model(str(against))
+    if parent.path in names:
+        return folders, names[parent.path]
+    return {str(against): parent, **folders}, str(against)
+
+
+def _positions(folder: "ModelFolder") -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False).get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or WINDOW_LENGTH)
+
+
+def _find_corpora(
+    tasks: list[Task], data: Path | None, skip_missing: bool
+) -> "tuple[dict[str, tuple[Provenance, ...]], dict[str, str]]":
+    """Return, by task, where its text comes from, or else why there is none."""
+    from secateur.calibration.corpora import load_corpus
+    from secateur.calibration.documents import HELD_OUT
+
+    found: dict[str, tuple[Provenance, ...]] = {}
+    missing: dict[str, str] = {}
+    for task in tasks:
+        try:
+            found[task.name] = load_corpus(task.domain, HELD_OUT, data).provenance
+        except CorpusError as error:
+            if not skip_missing:
+                raise
+            found[task.name] = ()
+            missing[task.name] = str(error)
+    return found, missing
+
+
+def _check_common_documents(subjects: list[Subject], against: str | None) -> None:
+    """Refuse a limit so low that two tokenizers reach no document in common, before any model runs."""
+    parent = next((subject for subject in subjects if subject.name == against), None)
+    if parent is None:
+        return
+    for subject in subjects:
+        for task, windows in subject.text.items():
+            others = parent.text[task]
+            if isinstance(windows, str) or isinstance(others, str):
+                continue
+            if {window.document for window in windows}.isdisjoint(window.document for window in others):
+                raise CorpusError(f"{subject.name} and {against} share no document of {task}; raise the token limit")

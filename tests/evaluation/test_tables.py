@@ -1,0 +1,46 @@
+from secateur.evaluation.perplexity import DocumentLoss, PerplexityComparison, PerplexityResult
+from secateur.evaluation.results import Cell, Evaluation, ModelRecord
+from secateur.evaluation.statistics import Difference
+from secateur.evaluation.tables import format_perplexity, render
+
+
+def result(perplexity, error):
+    return PerplexityResult("python", (DocumentLoss("a", 1.0, 2, 3),), perplexity, error, 0.5)
+
+
+def test_digits_follow_the_error():
+    cells = [(7.364, 0.0285), (13.31, 0.03), (1234.5, 0.05), (2.0, None), (float("inf"), 0.1), (2.0, 0.0)]
+    assert [format_perplexity(result(*cell)) for cell in cells] == [
+        "7.36 ± 0.21",
+        "13.31 ± 0.40",
+        "1234 ± 62",
+        "2",
+        "inf",
+        "2.00 ± 0.00",
+    ]
+
+
+def test_table():
+    models = tuple(ModelRecord(name, name == "sub", {}, "bfloat16", 384) for name in ("base", "sub"))
+    difference = Difference(0.5933, 0.02, 0.5539, 0.6313)
+    ratio = PerplexityComparison("base", True, 9, difference, 1.81, 1.74, 1.88, difference)
+    bits = PerplexityComparison("base", False, 9, None, None, None, None, Difference(0.1234, None, None, None))
+    cells = (
+        Cell("perplexity:python", "base", "", result(7.364, 0.0285)),
+        Cell("perplexity:python", "sub", "", result(13.31, 0.03), ratio),
+        Cell("perplexity:java", "base", missing="nothing at hand"),
+        Cell("perplexity:java", "sub", "", result(9.0, None), bits),
+    )
+    tasks = ("perplexity:python", "perplexity:java")
+    assert render(Evaluation(models, tasks, "base", cells, {}, {}, {})).splitlines() == [
+        "task               base         sub",
+        "-----------------  -----------  --------------------------------",
+        "perplexity:python  7.36 ± 0.21  13.31 ± 0.40  x1.81 [1.74, 1.88]",
+        "perplexity:java    -            9  +0.123 bits/byte",
+        "",
+        "±: one standard error, over documents",
+        "x: perplexity over that of base on the same documents [95% interval]",
+        "bits/byte: difference from base on the same documents [95% interval]; the tokens differ, so perplexities "
+        "cannot be compared",
+        "-: no text for perplexity:java: nothing at hand",
+    ]

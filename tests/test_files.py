@@ -1,0 +1,114 @@
+"""Files and folders appear whole or not at all, and memory is counted within the container's limit."""
+
+import hashlib
+from pathlib import Path
+
+import psutil
+import pytest
+
+from secateur import files
+from secateur.errors import OutputError
+from secateur.files import atomic_folder, atomic_write_bytes, available_memory, cache_folder, sha256_file
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"x" * 3_000_000)
+    assert sha256_file(tmp_path / "f") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+
+
+def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "a" / "b"))
+    assert cache_folder() == tmp_path / "a" / "b" and cache_folder().is_dir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SECATEUR_CACHE")
+    assert cache_folder() == tmp_path / ".cache" / "secateur"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="SECATEUR_CACHE"):
+        cache_folder()
+
+
+def test_folder_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+    with atomic_folder(target) as partial:
+        assert partial.parent == target.parent and partial.name.startswith("out.partial-")
+        (partial / "f").write_text("x")
+        assert not target.exists()
+    assert [file.name for file in target.iterdir()] == ["f"]
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_folder_vanishes_on_an_error(error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error), atomic_folder(tmp_path / "out") as partial:
+        (partial / "f").write_text("x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_existing_folder_is_never_replaced(late: bool, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    if not late:
+        target.mkdir()
+    with pytest.raises(OutputError, match="exists"), atomic_folder(target):
+        target.mkdir()  # empty, which a bare rename would replace
+    assert list(tmp_path.iterdir()) == [target] and list(target.iterdir()) == []
+
+
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot create"), atomic_folder(tmp_path / "file" / "out"):
+        pass
+
+
+def test_write_bytes_replaces_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "f"
+    atomic_write_bytes(path, b"old")
+    atomic_write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        atomic_write_bytes(path, b"newer")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def group(folder: Path, names: tuple[str, str], limit: str, usage: int, stat: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(limit + "\n")
+    (folder / names[1]).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(stat)
+
+
+V2 = ("memory.max", "memory.current")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(files, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(files, "PROC_CGROUP", tmp_path / "cgroup")
+    return tmp_path
+
+
+def test_memory_is_capped_by_the_group_and_those_above(root: Path) -> None:
+    (root / "cgroup").write_text("0::/a/b\n")
+    group(root / "a" / "b", V2, "max", 5, "inactive_file 1\n")
+    group(root / "a", V2, "9000", 5000, "anon 1\ninactive_file 1500\n")
+    assert available_memory() == 9000 - 5000 + 1500
+    group(root / "a" / "b", V2, "6000", 5000, "")
+    assert available_memory() == 1000
+    group(root / "a" / "b", V2, "6000", 7000, "")
+    assert available_memory() == 0
+
+
+def test_memory_under_version_1(root: Path) -> None:
+    (root / "cgroup").write_text("5:cpu,cpuacct:/x\n4:memory:/docker/host-only-name\n1:name=systemd:/x\n")
+    group(root / "memory", V1, "10000", 4000, "cache 7\ntotal_inactive_file 200\n")
+    assert available_memory() == 6200
+
+
+def test_memory_without_a_limit_is_what_the_machine_has(root: Path) -> None:
+    assert abs(available_memory() - psutil.virtual_memory().available) < 1 << 30
+    (root / "cgroup").write_text("nonsense\n0::/gone\n")
+    assert abs(available_memory() - psutil.virtual_memory().available) < 1 << 30
