@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from secateur._import_hook import install
 
 if TYPE_CHECKING:
-    from secateur.calibration.packing import calibrate
+    from secateur.calibration.calibrate import calibrate
     from secateur.checkpoint.export import export
     from secateur.checkpoint.inspect import inspect
     from secateur.evaluation.harness import evaluate
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "calibrate", "derive", "evaluate", "export", "inspect", "load"]
 
 _HOME = {
-    "calibrate": "secateur.calibration.packing",
+    "calibrate": "secateur.calibration.calibrate",
     "derive": "secateur.pruning.derive",
     "evaluate": "secateur.evaluation.harness",
     "export": "secateur.checkpoint.export",

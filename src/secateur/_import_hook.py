@@ -5,6 +5,7 @@ its quantizer registry is loaded already the format is registered at once, else 
 """
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder

@@ -88,7 +88,9 @@ def read_recipe_file(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"recipe {str(file)!r} cannot be read: {error.strerror}; name an existing YAML file") from None
+        raise ConfigError(
+            f"recipe {str(file)!r} cannot be read: {error.strerror}; name an existing YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {str(file)!r} is not YAML: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

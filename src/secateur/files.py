@@ -3,6 +3,7 @@
 Lies beside `errors` and knows nothing about models.
 """
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -108,6 +109,15 @@ def available_memory() -> int:
     """
     available = int(psutil.virtual_memory().available)
     return max(0, min([available, *_cgroup_headrooms()]))
+
+
+def release_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can be asked to (glibc).
+
+    Its allocator keeps what large temporary tensors leave behind; over many of them that is several hundred megabytes.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cgroup_headrooms() -> Iterator[int]:

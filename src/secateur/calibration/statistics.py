@@ -72,9 +72,7 @@ class StatisticsCollector:
         self._handles: list[Any] = []
 
     def __enter__(self) -> "StatisticsCollector":
-        self._handles = [
-            module.register_forward_pre_hook(self._hook(name)) for name, module in self._linears.items()
-        ]
+        self._handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self._linears.items()]
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -80,9 +80,7 @@ def check_quantization_config(raw: object) -> dict[str, tuple[int, int]]:
 
 
 def _is_shape(value: object) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) and 0 < n < 2**31 for n in value)
-    )
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) and 0 < n < 2**31 for n in value)
 
 
 def dump_json(content: Mapping[str, Any]) -> bytes:

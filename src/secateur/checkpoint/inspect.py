@@ -12,6 +12,7 @@ from secateur.checkpoint.format import CARD, MANIFEST, check_quantization_config
 from secateur.errors import CheckpointError
 from secateur.files import sha256_file
 
+LAYER_KEYS = {"name", "shape", "kept", "sparsity"}
 _BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "I64": 8}
 
 
@@ -55,6 +56,33 @@ class Inspection:
             "verified": self.verified,
             **self.manifest,
         }
+
+    def describe(self) -> str:
+        """Return a text for people."""
+        manifest, calibration = self.manifest, self.manifest["calibration"]
+        recipe = manifest["recipe"]
+        kept, size = manifest["kept_weights"], manifest["prunable_weights"]
+        lines = [
+            f"sub-model of   {manifest['base_model'].get('name')}",
+            f"for            {', '.join(map(str, recipe.get('for', ())))}",
+            f"method         {recipe.get('method')}, {recipe.get('granularity')}, budget {recipe.get('budget')}",
+            f"calibration    {calibration.get('samples')} x {calibration.get('sequence_length')} tokens, "
+            f"seed {recipe.get('seed')}, SHA-256 {str(calibration.get('sha256'))[:16]}...",
+            f"kept           {kept:,} of {size:,} prunable weights (sparsity {manifest['sparsity']:.4f})",
+            f"values         {manifest['values']}, {self.bits_per_weight:.2f} bits for each prunable weight",
+            f"files          {'all match their SHA-256' if self.verified else 'hashes not compared (--verify does)'}",
+            "",
+            f"{'part':<16}{'MB':>10}",
+            *(f"{part:<16}{n_bytes / 1e6:>10.2f}" for part, n_bytes in self.bytes_by_part.items()),
+            f"{'total':<16}{self.total_bytes / 1e6:>10.2f}",
+            "",
+            f"{'weight':<48}{'shape':>16}{'sparsity':>10}",
+            *(
+                f"{layer['name']:<48}{'x'.join(map(str, layer['shape'])):>16}{layer['sparsity']:>10.4f}"
+                for layer in manifest["layers"]
+            ),
+        ]
+        return "\n".join(lines)
 
 
 def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
@@ -108,6 +136,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{str(folder / MANIFEST)!r} has no usable {key!r}; derive or fetch the sub-model again"
             )
+    if not all(isinstance(layer, dict) and layer.keys() >= LAYER_KEYS for layer in manifest["layers"]):
+        raise CheckpointError(
+            f"{str(folder / MANIFEST)!r} has a layer that is not described; fetch the sub-model again"
+        )
     return manifest
 
 

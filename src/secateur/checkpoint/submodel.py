@@ -103,9 +103,7 @@ def finish_submodel(
     return manifest
 
 
-def _write_index(
-    folder: Path, shards: Iterable[str], shapes: Mapping[str, tuple[int, int]]
-) -> tuple[LayerRecord, ...]:
+def _write_index(folder: Path, shards: Iterable[str], shapes: Mapping[str, tuple[int, int]]) -> tuple[LayerRecord, ...]:
     """Write the index from the shards' own headers; return what each pruned weight kept."""
     weight_map: dict[str, str] = {}
     kept: dict[str, int] = {}

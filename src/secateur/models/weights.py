@@ -35,16 +35,18 @@ def load_skeleton(folder: ModelFolder) -> PreTrainedModel:
     raw = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in raw:
         kind = (raw["quantization_config"] or {}).get("quant_method", "an unnamed method")
-        remedy = "export it with `secateur export --format dense` first" if kind == "secateur" else "name its dense parent"
-        raise ModelError(f"model {folder.name!r} is already compressed ({kind}), only dense models are pruned: {remedy}")
+        remedy = (
+            "export it with `secateur export --format dense` first" if kind == "secateur" else "name its dense parent"
+        )
+        raise ModelError(
+            f"model {folder.name!r} is already compressed ({kind}), only dense models are pruned: {remedy}"
+        )
     try:
         config = AutoConfig.from_pretrained(folder.path)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        raise ModelError(
-            f"model {folder.name!r} is no decoder that transformers knows: {_first_line(error)}"
-        ) from None
+        raise ModelError(f"model {folder.name!r} is no decoder that transformers knows: {_first_line(error)}") from None
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -77,7 +79,9 @@ class WeightReader:
             with safe_open(path, framework="pt") as file:
                 yield file
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"weights {str(path)!r} cannot be read: {_first_line(error)}; fetch the file again") from None
+            raise ModelError(
+                f"weights {str(path)!r} cannot be read: {_first_line(error)}; fetch the file again"
+            ) from None
 
     def __enter__(self) -> "WeightReader":
         return self

@@ -18,7 +18,7 @@ from secateur.models.structure import Block
 MEMORY_SHARE = 0.85
 # Activations inside one block, in multiples of one batch of [tokens, intermediate_size] and [tokens, hidden_size].
 INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from secateur.checkpoint.bitmask import PackedWeight, pack
 from secateur.checkpoint.shards import read_shard, write_block_shard
 from secateur.config import Recipe
 from secateur.errors import ModelError
+from secateur.files import release_freed_memory
 from secateur.models.replay import BlockInputs, run_block
 from secateur.models.structure import Block
 from secateur.models.weights import WeightReader, drop_parameters, set_parameters
@@ -105,6 +106,7 @@ def _prune_block(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> No
         with timer("propagate"):
             _propagate(run, block, module)
     drop_parameters(module)
+    release_freed_memory()
 
 
 def _load_block(run: BlockRun, block: Block, module: nn.Module) -> dict[str, Tensor]:

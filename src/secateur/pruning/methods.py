@@ -71,13 +71,13 @@ def wanda(weight: Tensor, statistics: InputStatistics | None, target: Target) ->
 
 
 @register("magnitude", needs="nothing")
-def magnitude(weight: Tensor, statistics: InputStatistics | None, target: Target) -> Pruned:  # noqa: ARG001
+def magnitude(weight: Tensor, statistics: InputStatistics | None, target: Target) -> Pruned:
     """Keep the weights with the largest |W_ij|; looks at no data."""
     return Pruned(weight, keep_top(weight.float().abs(), target))
 
 
 @register("random", needs="nothing")
-def random(weight: Tensor, statistics: InputStatistics | None, target: Target) -> Pruned:  # noqa: ARG001
+def random(weight: Tensor, statistics: InputStatistics | None, target: Target) -> Pruned:
     """Keep weights drawn uniformly at random with the recipe's seed: the floor that a method must beat."""
     generator = torch.Generator().manual_seed(target.seed)
     return Pruned(weight, keep_top(torch.rand(weight.shape, generator=generator), target))

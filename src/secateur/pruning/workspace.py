@@ -67,7 +67,9 @@ class Workspace:
         (self.folder / STATE).unlink(missing_ok=True)
         (self.folder / ACTIVATIONS).unlink(missing_ok=True)
         if self.output.exists():
-            raise OutputError(f"output {str(self.output)!r} appeared while it was derived; the result is in {str(self.folder)!r}")
+            raise OutputError(
+                f"output {str(self.output)!r} appeared while it was derived; the result is in {str(self.folder)!r}"
+            )
         self.folder.rename(self.output)
 
 
@@ -81,14 +83,9 @@ def open_workspace(output: Path, *, resume: bool) -> Iterator[Workspace]:
         When the output exists, an interrupted run is there and `resume` is False, another process works in it, or
         the folder cannot be written.
     """
-    if os.path.lexists(output):
-        raise OutputError(f"output {str(output)!r} exists: name another one or delete it")
-    folder = output.with_name(f"{output.name}.partial")
-    resumed = resume and (folder / STATE).is_file()
-    if folder.exists() and not resume:
-        raise OutputError(
-            f"{str(folder)!r} holds an interrupted derivation: add --resume to go on with it, or delete it to start afresh"
-        )
+    check_output(output, resume=resume)
+    folder = _partial(output)
+    resumed = (folder / STATE).is_file()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -115,6 +112,21 @@ def open_workspace(output: Path, *, resume: bool) -> Iterator[Workspace]:
         os.close(handle)
 
 
+def check_output(output: Path, *, resume: bool = False) -> None:
+    """Raise `OutputError` when `output` exists, or an interrupted run of it that is not to be resumed."""
+    if os.path.lexists(output):
+        raise OutputError(f"output {str(output)!r} exists: name another one or delete it")
+    if not resume and os.path.lexists(_partial(output)):
+        raise OutputError(
+            f"{str(_partial(output))!r} holds an interrupted derivation: add --resume to go on with it, "
+            "or delete it to start afresh"
+        )
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
 def _keep(error: Exception, resumed: bool) -> bool:
     """An error removes the folder, but asking to resume in a wrong way must not cost the shards that are there."""
     full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -125,7 +137,9 @@ def _lock(handle: int, folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the process ends
     except OSError:
-        raise OutputError(f"another process is deriving into {str(folder)!r}: wait for it or name another output") from None
+        raise OutputError(
+            f"another process is deriving into {str(folder)!r}: wait for it or name another output"
+        ) from None
 
 
 def _remove(folder: Path) -> None:

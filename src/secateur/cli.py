@@ -1,0 +1,220 @@
+"""The command line: one function for each verb, no logic.
+
+torch and transformers are imported inside the verbs, so that `--help` answers at once. Results go to stdout, progress
+and remarks to stderr. Exit codes: 0 good, 1 a SecateurError in one line, 2 wrong usage, 130 interrupted.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur import console
+from secateur.errors import SecateurError
+
+app = typer.Typer(
+    name="secateur",
+    help="Cut a small, coding-specific sub-model out of a large language model, and prove what it kept.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Data = Annotated[Path | None, typer.Option(help="Folder with text that is tried first (also SECATEUR_DATA).")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        import secateur
+
+        typer.echo(f"secateur {secateur.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def derive(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it must not exist.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Hugging Face folder, GGUF file, hub id, or `demo`.", show_default="demo")
+    ] = None,
+    domains: Annotated[
+        list[str] | None, typer.Option("--for", help="DOMAIN[=WEIGHT], a name or a path; may be repeated.")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction to remove.", show_default="0.5")] = None,
+    method: Annotated[str | None, typer.Option(help="See `secateur list methods`.", show_default="wanda")] = None,
+    budget: Annotated[str | None, typer.Option(help="See `secateur list budgets`.", show_default="uniform")] = None,
+    granularity: Annotated[str | None, typer.Option(help="per_output or per_layer.", show_default="per_output")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sequence.", show_default="512")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides which text is drawn.", show_default="0")] = None,
+    propagate: Annotated[
+        bool | None,
+        typer.Option("--propagate/--no-propagate", help="Calibrate on pruned outputs.", show_default="propagate"),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with these options; flags win over it.")] = None,
+    data: Data = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted derivation.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Derive a sub-model for a domain."""
+    from secateur.config import make_recipe
+
+    options = {
+        "model": model,
+        "for": domains or None,
+        "sparsity": sparsity,
+        "method": method,
+        "budget": budget,
+        "granularity": granularity,
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "propagate": propagate,
+    }
+    settings = make_recipe(options, recipe)
+    console.quiet_libraries()
+    from secateur.pruning.derive import derive_recipe
+
+    with console.Progress() as progress:
+        submodel = derive_recipe(
+            settings,
+            output=output,
+            data=data,
+            device=device,
+            threads=threads,
+            resume=resume,
+            progress=progress.update,
+            announce=console.remark,
+        )
+    console.result(submodel.to_dict(), submodel.describe(), as_json=as_json)
+
+
+@app.command()
+def inspect(
+    submodel: Annotated[Path, typer.Argument(help="A sub-model folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its SHA-256.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what a sub-model is, how it was made, its size by part and its sparsity by layer."""
+    from secateur.checkpoint.inspect import inspect as inspect_submodel
+
+    inspection = inspect_submodel(submodel, verify=verify)
+    console.result(inspection.to_dict(), inspection.describe(), as_json=as_json)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A sub-model folder, or any base model.")],
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="For a temperature above 0.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text, streamed to stdout."""
+    console.quiet_libraries()
+    from secateur.runtime.loading import load
+
+    loaded = load(model, threads=threads)
+    pieces = loaded.stream(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if as_json:
+        console.print_json({"prompt": prompt, "text": "".join(pieces)})
+        return
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Sub-models or base models.")],
+    task: Annotated[list[str], typer.Option(help="Such as perplexity:python; may be repeated.")],
+    against: Annotated[str | None, typer.Option(help="The model to compare with, usually the parent.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Tokens of each domain.", show_default="8000")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for results.json; it must not exist.")
+    ] = None,
+    data: Data = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure models on held-out text, and compare them with their parent."""
+    console.quiet_libraries()
+    from secateur.evaluation.harness import evaluate as evaluate_models
+
+    with console.Progress() as progress:
+        evaluation = evaluate_models(
+            models,
+            task,
+            against=against,
+            limit=limit,
+            data=data,
+            output=output,
+            device=device,
+            threads=threads,
+            progress=progress.update,
+        )
+    console.result(json.loads(evaluation.to_json()), evaluation.to_table(), as_json=as_json)
+
+
+@app.command()
+def export(
+    submodel: Annotated[Path, typer.Argument(help="A sub-model folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it must not exist.")],
+    format: Annotated[str, typer.Option(help="dense: an ordinary Hugging Face folder.")] = "dense",  # noqa: A002
+    as_json: Json = False,
+) -> None:
+    """Write a sub-model in a format that other programs read."""
+    from secateur.checkpoint.export import export as export_submodel
+
+    written = export_submodel(submodel, output=output, format=format)
+    console.result({"path": str(written)}, f"written to {written}", as_json=as_json)
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[str, typer.Argument(help="domains, corpora, methods, budgets or tasks.")],
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """List what there is to choose from."""
+    from secateur.catalogue import catalogue
+
+    rows = catalogue(kind, data)
+    console.result(rows, console.table(rows), as_json=as_json)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line and exit."""
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    try:
+        app(["--debug", *(one for one in given if one != "--debug")] if debug else given)
+    except SecateurError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"secateur: {error}\n")
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        sys.stderr.close()
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "secateur: interrupted; `secateur derive` goes on with its finished blocks when run with --resume\n"
+        )
+        sys.exit(130)
