@@ -48,7 +48,7 @@ class _Sum:
 
     def add(self, inputs: Tensor) -> None:
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        for part in rows.split(_ROWS):
+        for part in torch.split(rows, _ROWS):
             self.total += part.float().square_().sum(0).to("cpu", torch.float64)
         self.n_tokens += rows.shape[0]
 

@@ -35,8 +35,8 @@ decoder's linear layers {kept:,} are kept ({sparsity:.2%} sparsity); embeddings,
 | sources | {sources} |
 
 What pruning cost is not known from this card: measure it with
-`secateur evaluate path/to/this/folder --against BASE --task perplexity:python -o results`. A sub-model is worse than its
-parent, most of all outside the domain it was derived for.
+`secateur evaluate path/to/this/folder --against BASE --task perplexity:python -o results`. A sub-model is worse than
+its parent, most of all outside the domain it was derived for.
 """
 
 

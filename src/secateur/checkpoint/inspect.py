@@ -144,7 +144,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _file_hashes(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    files = manifest["files"]
+    files: dict[str, str] = manifest["files"]
     for name in files:
         # The names come from a file that anyone may have written: they must not lead out of the folder.
         if Path(name).name != name or not isinstance(files[name], str):

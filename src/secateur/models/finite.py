@@ -11,5 +11,5 @@ def all_finite(tensor: Tensor) -> bool:
     """
     return all(
         bool(torch.isfinite(part.sum(dtype=torch.float32))) or bool(torch.isfinite(part).all())
-        for part in tensor.detach().reshape(-1).split(1 << 20)
+        for part in torch.split(tensor.detach().reshape(-1), 1 << 20)
     )

@@ -62,7 +62,7 @@ def record_inputs(  # noqa: PLR0917
     blocks: tuple[Block, ...],
     token_ids: Tensor,
     batch_size: int,
-    store: Callable[[int, Tensor], None],
+    store: Callable[[int, Tensor], object],
     device: torch.device,
 ) -> BlockInputs:
     """Run the decoder with hollow blocks over a calibration set.
@@ -122,7 +122,8 @@ def record_inputs(  # noqa: PLR0917
 def run_block(block: nn.Module, hidden_states: Tensor, call: Call) -> Tensor:
     """Run one block and return its hidden states [batch, sequence_length, hidden_size]."""
     output = block(hidden_states, *call.arguments, **call.keywords)
-    return output[0] if isinstance(output, tuple) else output
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
 
 
 def _equal(left: Any, right: Any) -> bool:

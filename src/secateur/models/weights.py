@@ -48,7 +48,7 @@ def load_skeleton(folder: ModelFolder) -> PreTrainedModel:
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
         raise ModelError(f"model {folder.name!r} is no decoder that transformers knows: {_first_line(error)}") from None
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 class WeightReader:

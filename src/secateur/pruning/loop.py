@@ -50,7 +50,7 @@ class Activations:
 
     def batches(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (batch number, view [batch, sequence_length, hidden_size])."""
-        yield from enumerate(self.hidden_states.split(self.batch_size))
+        yield from enumerate(torch.split(self.hidden_states, self.batch_size))
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,12 @@ def _collect(run: BlockRun, block: Block, module: nn.Module) -> Mapping[str, Inp
 def _prune_weights(
     run: BlockRun, block: Block, module: nn.Module, statistics: Mapping[str, InputStatistics]
 ) -> dict[str, PackedWeight]:
-    """Prune each weight of the block in place and return them packed; weights are independent, so threads share them."""
+    """Prune the weights of the block in place, side by side in threads, and return them packed."""
     method = METHODS.get(run.recipe.method)
 
     def prune(linear: str) -> tuple[str, PackedWeight]:
         name = block.weight_name(linear)
-        weight = module.get_submodule(linear).weight
+        weight = module.get_parameter(f"{linear}.weight")
         return name, _prune_weight(run, method, name, weight, statistics.get(linear))
 
     with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:

@@ -38,7 +38,7 @@ class Workspace:
     resumed: bool
 
     def start(self, plan: dict[str, Any]) -> dict[str, Any]:
-        """Write down what is being derived, or check that the interrupted run derived the same; return the plan in force.
+        """Write down the plan, or check that the interrupted run had the same; return the plan in force.
 
         Keys that begin with `run_` say how the work is done; an interrupted run's own are kept, because the bytes of
         the result may depend on them.
