@@ -213,7 +213,15 @@ def main(arguments: list[str] | None = None) -> Any:
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         sys.stderr.close()
         sys.exit(0)
-    except KeyboardInterrupt:
+    except OSError as error:  # what a system refuses can happen anywhere: a name too long, a folder that is locked
+        if debug:
+            raise
+        what = f"{error.filename!r}: {error.strerror}" if error.filename else " ".join(str(error).split())
+        sys.stderr.write(f"secateur: {what}; mend that, or run again with --debug to see where it happened\n")
+        sys.exit(1)
+    except (KeyboardInterrupt, SystemExit) as end:  # Typer turns the former into an exit with this code, in silence
+        if isinstance(end, SystemExit) and end.code != 130:
+            raise
         sys.stderr.write(
             "secateur: interrupted; `secateur derive` goes on with its finished blocks when run with --resume\n"
         )

@@ -108,4 +108,4 @@ def _first_problem(error: ValidationError, file: Path | None) -> str:
     if problem["type"] == "missing":
         return f"option {key!r} is missing{where}: say what the sub-model is for, such as python"
     received = json.dumps(problem["input"], default=str)
-    return f"option {key!r}{where} cannot be {received}: {problem['msg'].lower()}"
+    return f"option {key!r}{where} cannot be {received}: {problem['msg'].lower().replace('tuple', 'list')}"

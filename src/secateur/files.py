@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,25 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def user_path(text: str) -> Path:
+    """Return the path that a user wrote, with the home folder in place of `~` where there is one."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # `~someone` of whom this machine has not heard: a name like any other
+        return Path(text)
+
+
+def check_writable(target: Path) -> None:
+    """Raise `OutputError` when a folder could not be made at `target`; leaves nothing behind."""
+    try:
+        parent = target.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        Path(tempfile.mkdtemp(dir=parent)).rmdir()
+    except OSError as error:
+        raise OutputError(f"output {str(target)!r} cannot be written: {error.strerror}; name another one") from error
 
 
 def cache_folder() -> Path:
@@ -66,7 +86,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-{os.getpid()}-", dir=target.parent))
         partial.chmod(0o777 & ~_umask())
     except OSError as error:
-        raise OutputError(f"cannot create a folder beside {target} ({error.strerror}); choose another path") from error
+        reason = "its parent is no folder" if isinstance(error, FileExistsError) else error.strerror
+        raise OutputError(f"cannot create a folder beside {target} ({reason}); choose another path") from error
     try:
         yield partial
         # os.rename would replace an empty folder without a word.
@@ -109,6 +130,16 @@ def available_memory() -> int:
     """
     available = int(psutil.virtual_memory().available)
     return max(0, min([available, *_cgroup_headrooms()]))
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has had resident so far, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def release_freed_memory() -> None:

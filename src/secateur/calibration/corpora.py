@@ -23,6 +23,7 @@ from secateur.calibration.sources import (
     data_folder,
 )
 from secateur.errors import CorpusError, UnknownNameError
+from secateur.files import user_path
 from secateur.registry import Registry, unknown_name
 
 __all__ = [
@@ -94,7 +95,7 @@ def load_corpus(domain: str, split: str, data: Path | None = None) -> Corpus:
 
 def domain_path(domain: str) -> Path:
     """Return the path that a domain names; raises `UnknownNameError` if there is nothing."""
-    path = Path(domain).expanduser()
+    path = user_path(domain)
     if not domain or not path.exists():
         known = unknown_name("domain", domain, DOMAINS.names())
         raise UnknownNameError(f"{known}; or an existing path: a folder of sources or a JSONL file")

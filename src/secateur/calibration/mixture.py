@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from secateur.calibration.corpora import DOMAINS, domain_path
 from secateur.errors import ConfigError
+from secateur.files import user_path
 
 Mixture = tuple[tuple[str, float], ...]
 
@@ -67,7 +67,7 @@ def apportion(total: int, shares: Sequence[tuple[str, float]]) -> list[int]:
 
 def _parse_item(item: str) -> tuple[str, float]:
     domain, sign, weight = item.rpartition("=")
-    if not sign or item in DOMAINS or Path(item).expanduser().exists():
+    if not sign or item in DOMAINS or user_path(item).exists():
         return item, 1.0
     try:
         return domain, float(weight)

@@ -24,6 +24,7 @@ from secateur.calibration.documents import (
     split_documents,
 )
 from secateur.errors import CorpusError
+from secateur.files import user_path
 
 DATA_VARIABLE = "SECATEUR_DATA"
 
@@ -65,7 +66,7 @@ def data_folder(data: Path | None) -> Path | None:
     given = str(data) if data is not None else os.environ.get(DATA_VARIABLE, "")
     if not given:
         return None
-    folder = Path(given).expanduser()
+    folder = user_path(given)
     if not folder.is_dir():
         origin = "given" if data is not None else f"that {DATA_VARIABLE} names"
         raise CorpusError(f"the data folder {origin} does not exist: {given!r}; pass a folder, or leave it out")

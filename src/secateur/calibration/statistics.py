@@ -49,7 +49,9 @@ class _Sum:
     def add(self, inputs: Tensor) -> None:
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
         for part in torch.split(rows, _ROWS):
-            self.total += part.float().square_().sum(0).to("cpu", torch.float64)
+            # A copy even of float32 inputs: they are what the block goes on computing with.
+            squares = part.to(torch.float32, copy=True).square_()
+            self.total += squares.sum(0).to("cpu", torch.float64)
         self.n_tokens += rows.shape[0]
 
 

@@ -19,8 +19,9 @@ INDEX = "model.safetensors.index.json"
 CARD = "README.md"
 STATE = "derivation.state.json"
 ACTIVATIONS = "activations.bin"
+LOCK = "derivation.lock"
 # The manifest cannot hold its own hash; the others tell how the work went, or exist only while it goes on.
-NOT_HASHED = (MANIFEST, LOG, STATE, ACTIVATIONS)
+NOT_HASHED = (MANIFEST, LOG, STATE, ACTIVATIONS, LOCK)
 
 
 @dataclass(frozen=True)

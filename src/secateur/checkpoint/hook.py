@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.checkpoint.bitmask import SUFFIXES, PackedWeight, unpack
 from secateur.checkpoint.format import QUANT_METHOD, check_quantization_config
+from secateur.errors import CheckpointError
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -47,6 +48,11 @@ class UnpackBitmask(ConversionOps):  # type: ignore[misc]
         """Check and unpack one weight; raises `CheckpointError` when its parts are damaged."""
         parts = {key.rpartition(".")[2].rstrip("$"): _single(value) for key, value in input_dict.items()}
         shape = tuple(model.get_parameter(full_layer_name).shape)
+        if (said := self.hf_quantizer.quantization_config.shapes.get(full_layer_name)) != shape:
+            raise CheckpointError(
+                f"packed weight {full_layer_name!r} has shape {said and list(said)} in quantization_config and "
+                f"{list(shape)} in the model; derive or fetch the sub-model again"
+            )
         weight, _mask = unpack(PackedWeight(**parts), shape, full_layer_name)
         return {full_layer_name: weight.to(model.dtype)}
 

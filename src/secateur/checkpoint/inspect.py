@@ -12,7 +12,6 @@ from secateur.checkpoint.format import CARD, MANIFEST, check_quantization_config
 from secateur.errors import CheckpointError
 from secateur.files import sha256_file
 
-LAYER_KEYS = {"name", "shape", "kept", "sparsity"}
 _BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "I64": 8}
 
 
@@ -136,18 +135,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{str(folder / MANIFEST)!r} has no usable {key!r}; derive or fetch the sub-model again"
             )
-    if not all(isinstance(layer, dict) and layer.keys() >= LAYER_KEYS for layer in manifest["layers"]):
+    if not all(_is_layer(layer) for layer in manifest["layers"]):
         raise CheckpointError(
             f"{str(folder / MANIFEST)!r} has a layer that is not described; fetch the sub-model again"
         )
     return manifest
 
 
+def _is_layer(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and isinstance(value.get("shape"), list)
+        and isinstance(value.get("kept"), int)
+        and isinstance(value.get("sparsity"), int | float)
+    )
+
+
 def _file_hashes(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     files: dict[str, str] = manifest["files"]
-    for name in files:
+    for name, digest in files.items():
         # The names come from a file that anyone may have written: they must not lead out of the folder.
-        if Path(name).name != name or not isinstance(files[name], str):
+        if Path(name).name != name or not isinstance(digest, str):
             raise CheckpointError(f"{MANIFEST} names a file {name!r}, which is no plain file name; do not trust it")
         if not (folder / name).is_file():
             raise CheckpointError(f"{str(folder)!r} lacks {name!r}; derive or fetch the sub-model again")

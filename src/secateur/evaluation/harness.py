@@ -69,12 +69,12 @@ def evaluate(
     CheckpointError, ModelError
         When a model cannot be opened, or gives a likelihood that is not finite. Nothing is written then.
     """
-    from secateur.runtime.loading import check_device, set_threads
+    from secateur.models.device import checked_device, set_threads
 
     limit = DEFAULT_LIMIT if limit is None else limit
     output = None if output is None else Path(output)
     check_arguments(models, tasks, limit, output)
-    check_device(device)
+    checked_device(device)
     if threads is not None:
         set_threads(threads)
     plan = make_plan(models, tasks, against=against, limit=limit, data=data, skip_missing=skip_missing)

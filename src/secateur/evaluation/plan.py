@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from secateur.errors import ConfigError, CorpusError, OutputError
+from secateur.errors import ConfigError, CorpusError, ModelError, OutputError, SecateurError
 from secateur.evaluation.tasks import Task, parse_task
+from secateur.files import check_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,6 +96,8 @@ def check_arguments(models: Sequence[str | Path], tasks: Sequence[str], limit: i
         raise ConfigError(f"the limit is {limit} tokens; at least 2 are needed to predict one")
     if output is not None and (output.exists() or output.is_symlink()):
         raise OutputError(f"output {str(output)!r} exists; name another folder or remove it")
+    if output is not None:
+        check_writable(output)
 
 
 def _parse_tasks(tasks: Sequence[str]) -> list[Task]:
@@ -125,7 +128,16 @@ def _resolve(models: Sequence[str | Path], against: str | Path | None) -> "tuple
 def _positions(folder: "ModelFolder") -> int:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False).get_text_config()
+    from secateur.models.source import first_line
+
+    try:
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False).get_text_config()
+    except SecateurError:
+        raise
+    except Exception as error:  # transformers raises what it likes on a config that it does not know
+        raise ModelError(
+            f"model {folder.name!r} is none that transformers knows ({first_line(error)}); name another one"
+        ) from error
     return int(getattr(config, "max_position_embeddings", None) or WINDOW_LENGTH)
 
 

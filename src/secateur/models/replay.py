@@ -87,7 +87,7 @@ def record_inputs(  # noqa: PLR0917
     Raises
     ------
     ModelError
-        When blocks are not called one after another on the output of the one before.
+        When blocks are not called one after another on the output of the one before, or give more than hidden states.
     """
     inputs = BlockInputs(len(blocks))
     order: list[int] = []
@@ -95,6 +95,9 @@ def record_inputs(  # noqa: PLR0917
 
     def recorder(index: int) -> Callable[[Tensor, Call], None]:
         def record(hidden_states: Tensor, call: Call) -> None:
+            if hidden_states.dim() != 3:
+                # Such a decoder takes the first of a tuple, which of a tensor is its first sequence.
+                raise ModelError(f"{type(model).__name__} expects more than hidden states from a block; not supported")
             order.append(index)
             inputs.add(index, call)
             if index == 0:

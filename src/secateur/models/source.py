@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import ModelError
+from secateur.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ def resolve_model(name: str | Path) -> ModelFolder:
         If there is no such model, or it is damaged, incomplete or of a kind that is not read.
     """
     text = str(name)
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_dir():
         return _checked(ModelFolder(path.resolve(), text))
     if path.is_file():
@@ -102,7 +103,10 @@ def load_tokenizer(folder: ModelFolder | Path) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers and transformers raise anything here
-        raise ModelError(f"cannot load the tokenizer in {path} ({_first_line(error)})") from error
+        raise ModelError(
+            f"cannot load the tokenizer in {path} ({first_line(error)}); a tokenizer.json that belongs to the model is "
+            "needed: fetch the model again"
+        ) from error
 
 
 def _from_file(path: Path) -> ModelFolder:
@@ -135,7 +139,7 @@ def _download(repository: str, revision: str | None) -> Path:
     except Exception as error:  # the client's errors and those of its transport share no base
         at = f" at revision {revision}" if revision else ""
         raise ModelError(
-            f"there is no folder {repository}, and the hub did not give {repository}{at} ({_first_line(error)}); "
+            f"there is no folder {repository}, and the hub did not give {repository}{at} ({first_line(error)}); "
             "check the name and the network, or give a local folder, a GGUF file, or 'demo'"
         ) from error
 
@@ -216,7 +220,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"cannot read {path} ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON ({_first_line(error)}); fetch it again") from error
+        raise ModelError(f"{path} is not JSON ({first_line(error)}); fetch it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a {type(value).__name__} where a JSON object is needed")
     return value
@@ -224,7 +228,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _not_found(text: str) -> str:
     """Return what was looked for under a name that nothing answers to, and the nearest thing that exists."""
-    path = Path(text).expanduser()
+    path = user_path(text)
     try:
         beside = sorted(entry.name for entry in path.parent.iterdir())
     except OSError:
@@ -240,7 +244,9 @@ def _not_found(text: str) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, with the next one where it ends in a colon, or the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

@@ -45,8 +45,9 @@ def load_skeleton(folder: ModelFolder) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder.path)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        raise ModelError(f"model {folder.name!r} is no decoder that transformers knows: {_first_line(error)}") from None
+        model.tie_weights()  # moving parameters to the meta device has untied them
+    except Exception as error:  # transformers raises anything here
+        raise ModelError(f"model {folder.name!r} is no decoder that transformers knows: {_first_line(error)}") from error
     model.eval()
     return model
 
@@ -102,7 +103,10 @@ class WeightReader:
 
     def _file(self, name: str) -> tuple[Any, str]:
         if name not in self._where:
-            raise ModelError(f"model {self.folder.name!r} has no weight {name!r} in its files; fetch the model again")
+            raise ModelError(
+                f"model {self.folder.name!r} has no weight {name!r} in its files: they are incomplete, or name it in a "
+                "way that is not known here; fetch the model again, or choose another architecture"
+            )
         path, key = self._where[name]
         if path not in self._files:
             self._files[path] = self._stack.enter_context(self._opened(path))
@@ -125,8 +129,8 @@ class WeightReader:
         return tensor
 
     def read(self, name: str) -> Tensor:
-        """Return a copy of a tensor; raises `ModelError` when it holds NaN or infinity."""
-        return self.checked(name).clone()
+        """Return a copy of a tensor."""
+        return self.mapped(name).clone()
 
     def checked(self, name: str) -> Tensor:
         """Return a mapped tensor (see `mapped`); raises `ModelError` when it holds NaN or infinity."""

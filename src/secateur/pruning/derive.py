@@ -1,8 +1,7 @@
 """The main verb: from a model and a calibration set to a sub-model on disk."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from secateur.checkpoint.format import MANIFEST, read_json
 from secateur.config import Recipe, make_recipe
 from secateur.errors import ConfigError, ModelError
 from secateur.files import sha256_file
+from secateur.models.device import checked_device, limited_threads
 from secateur.models.source import ModelFolder, load_tokenizer, resolve_model
 from secateur.models.structure import find_blocks
 from secateur.models.weights import load_skeleton
@@ -122,7 +122,7 @@ def derive(
     folder = model if isinstance(model, ModelFolder) else resolve_model(model)
     recipe = make_recipe(
         {
-            "model": folder.name,
+            "model": folder.name if isinstance(model, ModelFolder) else str(model),
             "for": [f"{name}={weight:g}" for name, weight in calibration.mixture],
             "sparsity": sparsity,
             "method": method,
@@ -134,22 +134,8 @@ def derive(
             "propagate": propagate,
         }
     )
-    METHODS.get(recipe.method)
-    BUDGETS.get(recipe.budget)
-    target = Path(os.path.normpath(output))
-    skeleton = load_skeleton(folder)
-    blocks = find_blocks(skeleton)
-    _check_calibration(skeleton, calibration)
-    device_object = _checked_device(device)
-    plan = _plan(folder, skeleton, recipe, calibration, threads)
-    if resume and finished_as_planned(target, plan):
-        return SubModel(target, read_json(target / MANIFEST), {})
-    with open_workspace(target, resume=resume) as workspace:
-        plan = workspace.start(plan)
-        with _threads(plan["run_threads"]):
-            job = Job(folder, skeleton, blocks, recipe, calibration, device_object, workspace, plan)
-            log = job.run(progress, announce)
-    return SubModel(target, read_json(target / MANIFEST), log)
+    execution = Execution(output, device, threads, resume, progress, announce)
+    return _derive(folder, recipe, calibration, execution)
 
 
 def derive_recipe(
@@ -163,7 +149,7 @@ def derive_recipe(
     progress: Progress = _silent,
     announce: Callable[[str], None] | None = None,
 ) -> SubModel:
-    """Derive a sub-model from a recipe alone: fetch the model, draw the calibration set, and call `derive`.
+    """Derive a sub-model from a recipe alone: fetch the model, draw the calibration set, and prune.
 
     Names and the output path are checked before anything is fetched. Parameters and errors are those of `derive`;
     `data` is a folder that is tried before all other sources of text.
@@ -182,21 +168,38 @@ def derive_recipe(
         seed=recipe.seed,
         data=data,
     )
-    return derive(
-        folder,
-        calibration,
-        output=output,
-        sparsity=recipe.sparsity,
-        method=recipe.method,
-        budget=recipe.budget,
-        granularity=recipe.granularity,
-        propagate=recipe.propagate,
-        device=device,
-        threads=threads,
-        resume=resume,
-        progress=progress,
-        announce=announce,
-    )
+    return _derive(folder, recipe, calibration, Execution(output, device, threads, resume, progress, announce))
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a derivation is run: what decides nothing about the result. The fields are parameters of `derive`."""
+
+    output: str | Path
+    device: str
+    threads: int | None
+    resume: bool
+    progress: Progress
+    announce: Callable[[str], None] | None
+
+
+def _derive(folder: ModelFolder, recipe: Recipe, calibration: CalibrationSet, execution: Execution) -> SubModel:
+    METHODS.get(recipe.method)
+    BUDGETS.get(recipe.budget)
+    target = Path(os.path.normpath(execution.output))
+    device = checked_device(execution.device)
+    skeleton = load_skeleton(folder)
+    blocks = find_blocks(skeleton)
+    _check_calibration(skeleton, calibration)
+    plan = _plan(folder, skeleton, recipe, calibration, execution.threads)
+    if execution.resume and finished_as_planned(target, plan):
+        return SubModel(target, read_json(target / MANIFEST), {})
+    with open_workspace(target, resume=execution.resume) as workspace:
+        plan = workspace.start(plan)
+        with limited_threads(plan["run_threads"]):
+            job = Job(folder, skeleton, blocks, recipe, calibration, device, workspace, plan)
+            log = job.run(execution.progress, execution.announce)
+    return SubModel(target, read_json(target / MANIFEST), log)
 
 
 def _plan(
@@ -237,23 +240,3 @@ def _check_calibration(model: PreTrainedModel, calibration: CalibrationSet) -> N
             f"the calibration set holds token {highest}, the model's vocabulary has {config.vocab_size}: "
             "it was made with another tokenizer"
         )
-
-
-def _checked_device(device: str) -> torch.device:
-    try:
-        checked = torch.device(device)
-        torch.empty(1, device=checked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"device {device!r} cannot be used: {first}; name another one, such as cpu") from None
-    return checked
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

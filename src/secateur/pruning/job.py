@@ -1,8 +1,6 @@
 """One derivation, from an open workspace to a published folder: forecast, embed, prune the blocks, finish."""
 
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +15,8 @@ from secateur.checkpoint.format import ACTIVATIONS, LOG, MANIFEST, dump_json, sh
 from secateur.checkpoint.shards import write_outer_shard
 from secateur.checkpoint.submodel import Provenance, finish_submodel
 from secateur.config import Recipe
-from secateur.files import atomic_write_bytes
+from secateur.errors import ModelError
+from secateur.files import atomic_write_bytes, peak_memory
 from secateur.models.replay import record_inputs
 from secateur.models.source import ModelFolder
 from secateur.models.structure import Block
@@ -60,6 +59,7 @@ class Job:
         memory_before = psutil.Process().memory_info().rss
         sizes = {b.weight_name(n): self._shape(b, n)[0] * self._shape(b, n)[1] for b in self.blocks for n in b.prunable}
         reader = WeightReader(self.folder, self.model)
+        self._check_weights(reader)
         needs_data = METHODS.get(self.recipe.method).needs != "nothing"
         dtype = self._dtype(reader)
         batch_size = max(1, TOKENS_PER_BATCH // self.recipe.sequence_length)
@@ -93,6 +93,22 @@ class Job:
         atomic_write_bytes(self.workspace.folder / MANIFEST, dump_json(manifest))
         self.workspace.publish()
         return log
+
+    def _stored_names(self) -> list[str]:
+        """Return the names of all parameters but those that are tied to another one."""
+        tied = set(self.model.all_tied_weights_keys) if self.model.config.tie_word_embeddings else set()
+        return [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in tied]
+
+    def _check_weights(self, reader: WeightReader) -> None:
+        """Raise `ModelError` for a weight that is missing, misshapen or not finite before hours of work, not after."""
+        for name in self._stored_names():
+            with reader:  # opened anew for each weight, so that no more than that is mapped
+                received, expected = list(reader.checked(name).shape), list(self.model.get_parameter(name).shape)
+            if received != expected:
+                raise ModelError(
+                    f"weight {name!r} of model {self.folder.name!r} has shape {received}, its config asks for "
+                    f"{expected}; fetch the model again"
+                )
 
     def _shape(self, block: Block, linear: str) -> tuple[int, int]:
         out_features, in_features = self.model.get_submodule(f"{block.name}.{linear}").weight.shape
@@ -138,16 +154,11 @@ class Job:
     def _finish(self, reader: WeightReader, dtype: torch.dtype) -> dict[str, Any]:
         total = len(self.blocks) + 1
         inside = tuple(f"{block.name}." for block in self.blocks)
-        tied = set(self.model.all_tied_weights_keys) if self.model.config.tie_word_embeddings else set()
-        outer = [
-            name
-            for name, _ in self.model.named_parameters(remove_duplicate=False)
-            if not name.startswith(inside) and (name in reader or name not in tied) and name not in tied
-        ]
+        outer = [name for name in self._stored_names() if not name.startswith(inside)]
         path = self.workspace.folder / shard_name(total, total)
         if not path.exists():
             with reader:
-                write_outer_shard(path, {n: (reader.shape(n), reader.mapped(n).dtype) for n in outer}, reader.checked)
+                write_outer_shard(path, {n: (reader.shape(n), reader.mapped(n).dtype) for n in outer}, reader.mapped)
         shapes = {b.weight_name(n): self._shape(b, n) for b in self.blocks for n in b.prunable}
         provenance = Provenance(
             self.plan["base_model"],
@@ -160,8 +171,7 @@ class Job:
         return finish_submodel(self.workspace.folder, self.folder.path, shards, shapes, provenance)
 
     def _log(self, seconds: float, timings: dict[str, float], memory_before: int) -> dict[str, Any]:
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = peak_memory()
         return {
             "seconds": round(seconds, 3),
             "seconds_by_stage": {stage: round(value, 3) for stage, value in timings.items()},

@@ -4,7 +4,6 @@ An error removes it; a kill, an interrupt or a full disk leaves it, and `--resum
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -14,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint.format import ACTIVATIONS, MANIFEST, STATE, dump_json, read_json
-from secateur.errors import CheckpointError, ConfigError, OutputError
+from filelock import FileLock, Timeout
+
+from secateur.checkpoint.format import ACTIVATIONS, LOCK, MANIFEST, STATE, dump_json, read_json
+from secateur.errors import CheckpointError, ConfigError, OutputError, ResourceError
 from secateur.files import atomic_write_bytes
 
 
@@ -47,9 +48,15 @@ class Workspace:
         if not self.resumed:
             atomic_write_bytes(path, dump_json(plan))
             return plan
-        old = read_json(path)
+        try:
+            old = read_json(path)
+        except CheckpointError:
+            raise ConfigError(
+                f"{str(path)!r}, which says how the interrupted run was begun, is damaged: "
+                "delete the folder to start afresh"
+            ) from None
         for key, value in plan.items():
-            if not key.startswith("run_") and old.get(key) != value:
+            if not key.startswith("run_") and _decisive(old.get(key)) != _decisive(value):
                 raise ConfigError(
                     f"{str(self.folder)!r} was begun with another {describe_difference(key, old.get(key), value)}: "
                     "use the same options to resume, or delete the folder to start afresh"
@@ -59,18 +66,20 @@ class Workspace:
     def clean(self) -> None:
         """Remove what an interrupted run left behind beside its state and finished shards."""
         for path in self.folder.iterdir():
-            if path.name != STATE and not path.name.endswith(".safetensors"):
+            if path.name not in (STATE, LOCK) and not path.name.endswith(".safetensors"):
                 path.unlink()
 
     def publish(self) -> None:
         """Move the finished folder to its place."""
-        (self.folder / STATE).unlink(missing_ok=True)
-        (self.folder / ACTIVATIONS).unlink(missing_ok=True)
         if self.output.exists():
             raise OutputError(
                 f"output {str(self.output)!r} appeared while it was derived; the result is in {str(self.folder)!r}"
             )
+        for name in (ACTIVATIONS, LOCK):
+            (self.folder / name).unlink(missing_ok=True)
         self.folder.rename(self.output)
+        # Last: without its state a folder that a kill kept from being renamed could not be resumed.
+        (self.output / STATE).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -80,36 +89,41 @@ def open_workspace(output: Path, *, resume: bool) -> Iterator[Workspace]:
     Raises
     ------
     OutputError
-        When the output exists, an interrupted run is there and `resume` is False, another process works in it, or
-        the folder cannot be written.
+        When the output exists, an interrupted run is there and `resume` is False, another process works in it, the
+        folder cannot be written, or the disk is full.
     """
     check_output(output, resume=resume)
     folder = _partial(output)
     resumed = (folder / STATE).is_file()
+    lock = FileLock(folder / LOCK, blocking=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(f"another process derives into {str(folder)!r}: wait for it or name another output") from None
     except OSError as error:
         raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror}; name another one") from None
     try:
-        _lock(handle, folder)
         workspace = Workspace(output, folder, resumed)
-        try:
-            workspace.clean()
-            yield workspace
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OutputError(
-                    f"the disk is full; finished blocks are in {str(folder)!r}: make room and run again with --resume"
-                ) from None
-            _remove(folder)
-            raise
-        except Exception as error:
-            if not _keep(error, resumed):
-                _remove(folder)
-            raise
+        workspace.clean()
+        yield workspace
+    except Exception as error:
+        if _disk_is_full(error):
+            raise OutputError(
+                f"the disk is full; finished blocks are in {str(folder)!r}: make room and run again with --resume"
+            ) from None
+        # Asking to resume in a wrong way must not cost the shards that are there, nor a folder in the way the result.
+        whole = (folder / MANIFEST).is_file()
+        if not whole and not (resumed and isinstance(error, ConfigError | ResourceError)):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
-        os.close(handle)
+        lock.release()
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or (error is not None and _disk_is_full(error.__cause__))
 
 
 def check_output(output: Path, *, resume: bool = False) -> None:
@@ -121,29 +135,15 @@ def check_output(output: Path, *, resume: bool = False) -> None:
             f"{str(_partial(output))!r} holds an interrupted derivation: add --resume to go on with it, "
             "or delete it to start afresh"
         )
+    if resume and _partial(output).is_dir():
+        names = {path.name for path in _partial(output).iterdir()}
+        # A run that was killed at once leaves its lock and perhaps a half-written state.
+        if STATE not in names and any(not name.startswith((LOCK, STATE)) for name in names):
+            raise OutputError(f"{str(_partial(output))!r} is no interrupted derivation: name another output or move it")
 
 
 def _partial(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
-
-
-def _keep(error: Exception, resumed: bool) -> bool:
-    """An error removes the folder, but asking to resume in a wrong way must not cost the shards that are there."""
-    full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or (resumed and isinstance(error, ConfigError))
-
-
-def _lock(handle: int, folder: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however the process ends
-    except OSError:
-        raise OutputError(
-            f"another process is deriving into {str(folder)!r}: wait for it or name another output"
-        ) from None
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def finished_as_planned(output: Path, plan: dict[str, Any]) -> bool:
@@ -155,16 +155,21 @@ def finished_as_planned(output: Path, plan: dict[str, Any]) -> bool:
     except CheckpointError:
         raise OutputError(f"output {str(output)!r} exists and is no sub-model: name another one") from None
     for key in ("recipe", "base_model", "calibration"):
-        if manifest.get(key) != plan[key]:
+        if _decisive(manifest.get(key)) != _decisive(plan[key]):
             difference = describe_difference(key, manifest.get(key), plan[key])
             raise OutputError(f"output {str(output)!r} exists, made with another {difference}: name another one")
     return True
 
 
+def _decisive(value: Any) -> Any:
+    """Leave out what the base model was called: the hashes of its files tell which one it is."""
+    return {k: v for k, v in value.items() if k not in ("model", "name")} if isinstance(value, dict) else value
+
+
 def describe_difference(key: str, old: Any, new: Any) -> str:
     """Name the first differing entry of two plain JSON values, for an error message."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for inner in new:
+        for inner in _decisive(new):
             if old.get(inner) != new[inner]:
                 return describe_difference(f"{key} ({inner})", old.get(inner), new[inner])
     return f"{key}, {_short(old)} instead of {_short(new)}"

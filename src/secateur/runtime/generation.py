@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import ConfigError
+from secateur.errors import ConfigError, ModelError
 
 # Tokens of the prompt that are decoded together with the new text, because some tokenizers drop a leading space.
 _CONTEXT_TOKENS = 5
@@ -62,6 +62,8 @@ class GenerationOptions:
             raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed is {self.seed}; it must be 0 or more, and below 2^64")
         if "" in self.stop:
             raise ConfigError("an empty stop string would stop every text before its first character; leave it out")
 
@@ -76,6 +78,10 @@ def encode_prompt(
     ConfigError
         When there is nothing to start from, or prompt and new tokens exceed the positions that the model knows.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"the prompt {prompt[:60]!a} holds bytes that are not UTF-8; give text") from None
     token_ids: list[int] = list(tokenizer(prompt)["input_ids"])
     if not token_ids and tokenizer.bos_token_id is not None:
         token_ids = [tokenizer.bos_token_id]
@@ -127,7 +133,13 @@ def _forward(model: PreTrainedModel, token_ids: list[int], cache: Any) -> tuple[
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
     output = model(**inputs)
-    return output.logits[0, -1].float().cpu(), output.past_key_values
+    logits = output.logits[0, -1].float().cpu()
+    if logits.isnan().any():
+        raise ModelError(
+            f"the model in {model.name_or_path!r} computes NaN: its weights are damaged, or overflow in {model.dtype}; "
+            "fetch or derive it again"
+        )
+    return logits, output.past_key_values
 
 
 def choose_token(logits: Tensor, options: GenerationOptions, generator: torch.Generator) -> int:

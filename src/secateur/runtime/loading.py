@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import CheckpointError, ConfigError, ModelError, SecateurError
+from secateur.errors import CheckpointError, ModelError, SecateurError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,33 +104,14 @@ def load(path: str | Path, *, threads: int | None = None, device: str = "cpu") -
     ConfigError
         When `threads` or `device` cannot be used.
     """
+    from secateur.models.device import checked_device, set_threads
     from secateur.models.source import load_tokenizer, resolve_model
 
-    check_device(device)
+    checked_device(device)
     if threads is not None:
         set_threads(threads)
     folder = resolve_model(str(path))
     return LoadedModel(folder.path, open_model(folder, device=device), load_tokenizer(folder))
-
-
-def set_threads(threads: int) -> None:
-    """Limit torch to `threads` threads in this process; raises `ConfigError` below 1."""
-    import torch
-
-    if threads < 1:
-        raise ConfigError(f"threads is {threads}; it must be at least 1")
-    torch.set_num_threads(threads)
-
-
-def check_device(device: str) -> None:
-    """Raise `ConfigError` when torch cannot put a tensor on `device`."""
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {device!r} cannot be used here: {reason}; use cpu") from None
 
 
 def open_model(folder: "ModelFolder", *, device: str = "cpu") -> "PreTrainedModel":
@@ -144,19 +125,38 @@ def open_model(folder: "ModelFolder", *, device: str = "cpu") -> "PreTrainedMode
     from transformers import AutoModelForCausalLM
 
     import secateur.checkpoint.hook  # noqa: F401  (registers the checkpoint format)
+    from secateur.models.source import first_line
 
     try:
         # Remote code stays off, else transformers asks about it on the terminal.
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder.path, dtype="auto", output_loading_info=True, trust_remote_code=False
+            folder.path,
+            dtype="auto",
+            output_loading_info=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # the report names them, the error would not
         )
     except SecateurError:
         raise
     except Exception as error:  # transformers, safetensors and torch raise what they like on a damaged file
-        kind = CheckpointError if folder.is_submodel() else ModelError
-        raise kind(f"model {folder.name!r} cannot be opened: {type(error).__name__}: {error}") from error
+        if not folder.is_submodel():
+            raise ModelError(f"model {folder.name!r} cannot be opened ({first_line(error)}); fetch it again") from error
+        _find_damage(folder)
+        raise CheckpointError(
+            f"sub-model {folder.name!r} cannot be opened ({first_line(error)}); derive or fetch it again"
+        ) from error
     _check_report(folder, report)
     return model.eval().to(device)
+
+
+def _find_damage(folder: "ModelFolder") -> None:
+    """Raise the `CheckpointError` of the first damaged weight: transformers only says that there is one."""
+    from secateur.checkpoint.format import check_quantization_config, read_json
+    from secateur.checkpoint.shards import read_shard
+
+    shapes = check_quantization_config(read_json(folder.path / "config.json").get("quantization_config"))
+    for shard in folder.weight_files():
+        read_shard(shard, shapes)
 
 
 def _check_report(folder: "ModelFolder", report: dict[str, Any]) -> None:

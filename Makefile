@@ -1,0 +1,56 @@
+# Everything runs in .venv, which `make install` sets up. PYTHON=/path/to/python chooses another interpreter.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+WORKERS ?= 2
+
+.PHONY: help install demo test slow check bench clean
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+install: $(STAMP) ## Set up .venv with secateur and all that its tests need.
+
+# The candidates are run, not only looked up: a version manager leaves names on PATH that do not start.
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; \
+	for candidate in $(or $(PYTHON),python3.11 python3 python3.12 python3.13); do \
+		if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			found=$$candidate; break; \
+		fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "make: no Python 3.11 or newer with its venv module was found (tried $(or $(PYTHON),python3.11 python3 python3.12 python3.13))." >&2; \
+		echo "make: install one (Debian: apt-get install python3.11 python3.11-venv) or say make PYTHON=/path/to/python" >&2; \
+		exit 1; \
+	fi; \
+	echo "using $$found ($$($$found --version))"; \
+	$$found -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Derive a Python sub-model of a small real model, and print it beside its parent.
+	$(BIN)/python benchmarks/demo.py
+
+test: $(STAMP) ## Run all tests but the slow ones.
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+
+slow: $(STAMP) ## Run the tests that need a real model or the network.
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP) ## Lint, format, types and the direction of imports.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## Measure what a derivation costs, on an idle machine.
+	$(BIN)/python benchmarks/derive_cost.py demo
+
+clean: ## Remove .venv, the demo's output, and everything that tools have left.
+	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf src/*.egg-info

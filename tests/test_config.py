@@ -1,0 +1,115 @@
+import pytest
+from pydantic import ValidationError
+
+from secateur.config import Recipe, make_recipe
+from secateur.errors import ConfigError
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_an_option_wins_over_the_file_and_the_file_over_the_default(recipe_file):
+    file = recipe_file("for: java\nsparsity: 0.6\nmethod: magnitude\npropagate: true\nseed: 4\n")
+    recipe = make_recipe({"sparsity": 0.7, "method": None, "propagate": False, "seed": 0}, file)
+    assert recipe.sparsity == 0.7
+    assert recipe.method == "magnitude"
+    assert recipe.propagate is False  # False and 0 are given, None is not
+    assert recipe.seed == 0
+    assert recipe.domains == ("java",)
+    assert recipe.samples == 128
+    assert make_recipe({"for": ["python"]}, file).domains == ("python",)
+
+
+@pytest.mark.parametrize(
+    ("given", "domains"),
+    [
+        ("python", ("python",)),
+        (["python", "general=0.2"], ("python", "general=0.2")),
+        ({"python": 0.8, "general": 0.2}, ("python=0.8", "general=0.2")),
+    ],
+)
+def test_domains_in_three_forms(given, domains):
+    assert make_recipe({"for": given}).domains == domains
+
+
+def test_saved_and_read_again_it_is_the_same(recipe_file):
+    import yaml
+
+    recipe = make_recipe({"for": ["python", "java=2"], "sparsity": 0.55, "granularity": "per_layer", "seed": 9})
+    assert make_recipe({}, recipe_file(yaml.safe_dump(recipe.to_dict()))) == recipe
+    assert "for" in recipe.to_dict()
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        make_recipe({"for": "python"}).sparsity = 0.1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("sparsity", 1.0), ("sparsity", 1), ("sparsity", -0.1), ("sparsity", float("nan")), ("sparsity", float("inf")),
+        ("sparsity", "x"), ("sparsity", [0.5]), ("samples", 0), ("samples", -1), ("samples", 1.5), ("samples", "many"),
+        ("sequence_length", 1), ("sequence_length", 0), ("seed", -1), ("seed", 2**32), ("granularity", "per_row"),
+        ("method", 3), ("method", ["wanda"]), ("propagate", "perhaps"), ("for", []), ("for", 3), ("for", [[1]]),
+        ("model", 7),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_used_is_named_in_one_line(option, value):
+    with pytest.raises(ConfigError) as caught:
+        make_recipe({"for": "python", option: value})
+    message = str(caught.value)
+    assert message.startswith(f"option '{option}") or message.startswith("option 'domains")
+    assert "cannot be" in message
+    assert "\n" not in message
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 0.5, 0.999, "0.5"])
+def test_sparsities_that_can_be_used(value):
+    assert make_recipe({"for": "python", "sparsity": value}).sparsity == float(value)
+
+
+def test_an_unknown_key_lists_the_known_ones(recipe_file):
+    with pytest.raises(ConfigError, match=r"unknown option 'sparcity' in recipe .*known are model, for, sparsity"):
+        make_recipe({}, recipe_file("for: python\nsparcity: 0.5\n"))
+
+
+def test_a_recipe_for_nothing_is_an_error():
+    with pytest.raises(ConfigError, match="option 'for' is missing: say what"):
+        make_recipe({})
+
+
+@pytest.mark.parametrize("text", ["- for\n- python\n", "python\n", "", "3: 4\n", "null\n"])
+def test_yaml_that_is_no_mapping(recipe_file, text):
+    with pytest.raises(ConfigError, match="is not a mapping of options"):
+        make_recipe({}, recipe_file(text))
+
+
+@pytest.mark.parametrize("text", ["for: [python\n", "a: b: c\n", "\tfor: python\n", "for: !!python/name:os.system x\n"])
+def test_what_is_no_yaml(recipe_file, text):
+    with pytest.raises(ConfigError, match="is not YAML") as caught:
+        make_recipe({}, recipe_file(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        make_recipe({}, tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        make_recipe({}, tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        make_recipe({}, tmp_path / "binary.yaml")
+
+
+def test_defaults_are_those_of_the_paper():
+    recipe = Recipe(domains=("python",))
+    assert (recipe.method, recipe.granularity, recipe.sparsity) == ("wanda", "per_output", 0.5)
