@@ -60,7 +60,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, value):
     stored["model.norm.weight"][3] = value
     save_file(stored, tmp_path / "model.safetensors")
     with WeightReader(folder) as reader, pytest.raises(ModelError, match=r"'model\.norm\.weight' .*holds NaN"):
-        reader.read("model.norm.weight")
+        reader.checked("model.norm.weight")
 
 
 def test_a_missing_weight_and_a_strange_type_are_named(tmp_path):

@@ -224,6 +224,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced_and_costs_nothing(base
     with pytest.raises(OutputError, match=r"appeared while .*the result is in .*out\.partial"):
         derive_tiny(base, out, progress=appear)
     assert list(out.iterdir()) == []
+    assert len(shards(tmp_path / "out.partial")) == 4
     out.rmdir()
     derive_tiny(base, out, resume=True)
     assert contents(out) == undisturbed
