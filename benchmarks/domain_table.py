@@ -42,12 +42,22 @@ def documents_of(evaluation, model):
     return measured
 
 
+def settings_of(options):
+    """What the cached losses depend on; the output folder and the seeds are in the names."""
+    return {key: str(getattr(options, key)) for key in ("model", "data", "limit", "samples", "sparsity", "method")}
+
+
 def measure(options, model, cache):
+    """Return the losses of one model, from the cache where it was made with the same options."""
     if not cache.exists():
         tasks = [f"perplexity:{domain}" for domain in DOMAINS]
         evaluation = secateur.evaluate([model], tasks, limit=options.limit, data=options.data)
-        cache.write_text(json.dumps(documents_of(evaluation, evaluation.models[0].name)))
-    return json.loads(cache.read_text())
+        losses = documents_of(evaluation, evaluation.models[0].name)
+        cache.write_text(json.dumps({"settings": settings_of(options), "losses": losses}))
+    cached = json.loads(cache.read_text())
+    if cached["settings"] != settings_of(options):
+        raise SystemExit(f"{cache} was made with other options ({cached['settings']}): name another folder")
+    return cached["losses"]
 
 
 def derive_and_measure(options, domain, seed):
@@ -92,6 +102,14 @@ def print_tables(parent, measured, first):
             gap = difference(measured[other, first], own, domain)
             cells.append(f"{math.exp(gap.value):.3f} [{math.exp(gap.low):.3f}, {math.exp(gap.high):.3f}]")
         print(f"{domain:>26}" + "".join(f"{cell:>26}" for cell in cells))
+    print("\nspread over seeds: lowest and highest perplexity (rows: text, columns: calibration)")
+    print("".join(f"{text:>26}" for text in ["", *RESEEDED]))
+    for domain in DOMAINS:
+        spreads = [
+            [perplexity(losses, domain) for (calibrated, _), losses in measured.items() if calibrated == column]
+            for column in RESEEDED
+        ]
+        print(f"{domain:>26}" + "".join(f"{f'{min(one):.3f} - {max(one):.3f}':>26}" for one in spreads))
 
 
 def main():

@@ -106,6 +106,7 @@ def _measure(
     subject: Subject, tasks: Sequence[Task], device: str, progress: Progress | None
 ) -> tuple[ModelRecord, list[Cell]]:
     """Open one model, run all tasks on it, and let it go."""
+    from secateur.files import release_freed_memory
     from secateur.runtime.loading import open_model
 
     model = open_model(subject.folder, device=device)
@@ -121,6 +122,7 @@ def _measure(
     finally:
         del model
         gc.collect()  # modules and hooks refer to each other, and the next model needs the memory
+        release_freed_memory()
     return record, cells
 
 

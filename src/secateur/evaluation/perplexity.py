@@ -6,19 +6,21 @@ The first token of a window has nothing before it and is not predicted.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from secateur.errors import CorpusError, ModelError
 from secateur.evaluation.statistics import Difference, ratio, ratio_difference
+from secateur.files import release_freed_memory
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
     from secateur.calibration.held_out import Window
 
+WIDTH = 64
 BATCH = 4  # windows in one pass: enough to fill a CPU, little beside the weights
 
 
@@ -210,32 +212,43 @@ def _window_nats(
     domain: str,
     progress: Callable[[int, int], None] | None,
 ) -> list[float]:
-    """Return the negative log-likelihood of each window; windows of one length go through the model together."""
+    """Return the negative log-likelihood of each window.
+
+    Windows go through the model in batches of like length, filled up behind their ends: under causal attention no
+    token sees what comes after it, so what is filled in changes nothing before it.
+    """
     import torch
 
     from secateur.models.likelihood import token_log_likelihood
 
-    by_length: dict[int, list[int]] = {}
-    for index, window in enumerate(windows):
-        by_length.setdefault(len(window.token_ids), []).append(index)
     nats = [math.nan] * len(windows)
-    done = 0
-    for indices in by_length.values():
-        remaining = iter(indices)
-        while batch := list(islice(remaining, BATCH)):
-            token_ids = torch.from_numpy(np.stack([windows[index].token_ids for index in batch]))
-            losses = -token_log_likelihood(model, token_ids).double().sum(1)
-            for index, loss in zip(batch, losses.tolist(), strict=True):
-                if not math.isfinite(loss):
-                    raise ModelError(
-                        f"the model gives a likelihood that is not finite ({loss}) on {windows[index].document!r} of "
-                        f"{domain}; its weights are damaged or overflow in their precision"
-                    )
-                nats[index] = loss
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(windows))
+    order = sorted(range(len(windows)), key=lambda index: -len(windows[index].token_ids))
+    longest = len(windows[order[0]].token_ids)
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        rows = _stacked([windows[index].token_ids for index in batch], longest)
+        losses = token_log_likelihood(model, torch.from_numpy(rows))
+        for row, index in enumerate(batch):
+            loss = -float(losses[row, : len(windows[index].token_ids) - 1].double().sum())
+            if not math.isfinite(loss):
+                raise ModelError(
+                    f"the model gives a likelihood that is not finite ({loss}) on {windows[index].document!r} of "
+                    f"{domain}; its weights are damaged or overflow in their precision"
+                )
+            nats[index] = loss
+        release_freed_memory()
+        if progress is not None:
+            progress(start + len(batch), len(windows))
     return nats
+
+
+def _stacked(rows: "list[NDArray[np.int64]]", longest: int) -> "NDArray[np.int64]":
+    """Return rows of several lengths as one array, each filled up with its own last token.
+
+    The width is a multiple of 64 or `longest`: few widths mean few kernels to prepare, and memory that is used again.
+    """
+    width = min(longest, -(-max(map(len, rows)) // WIDTH) * WIDTH)
+    return np.stack([np.pad(row, (0, width - len(row)), mode="edge") for row in rows])
 
 
 def _exp(value: float) -> float:

@@ -1,7 +1,6 @@
 """Log-likelihood of given tokens under a causal language model, without float32 logits of a whole sequence.
 
-The body of the model runs once; the head then runs on a few positions at a time. Sequences of different lengths are
-never padded here: a caller groups windows of equal length.
+The body of the model runs once; the head then runs on a few positions at a time.
 """
 
 import inspect
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from secateur.errors import ModelError
 
 # Float32 logits of one chunk of positions; logsumexp needs about the same again.
-_LOGITS_BYTES = 32 * 2**20
+_LOGITS_BYTES = 128 * 2**20
 
 
 @torch.inference_mode()

@@ -47,7 +47,9 @@ def load_skeleton(folder: ModelFolder) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.tie_weights()  # moving parameters to the meta device has untied them
     except Exception as error:  # transformers raises anything here
-        raise ModelError(f"model {folder.name!r} is no decoder that transformers knows: {_first_line(error)}") from error
+        raise ModelError(
+            f"model {folder.name!r} is no decoder that transformers knows: {_first_line(error)}"
+        ) from error
     model.eval()
     return model
 

@@ -59,7 +59,6 @@ class Job:
         memory_before = psutil.Process().memory_info().rss
         sizes = {b.weight_name(n): self._shape(b, n)[0] * self._shape(b, n)[1] for b in self.blocks for n in b.prunable}
         reader = WeightReader(self.folder, self.model)
-        self._check_weights(reader)
         needs_data = METHODS.get(self.recipe.method).needs != "nothing"
         dtype = self._dtype(reader)
         batch_size = max(1, TOKENS_PER_BATCH // self.recipe.sequence_length)
@@ -73,6 +72,7 @@ class Job:
         )
         if announce is not None:
             announce(forecast.describe())
+        self._check_weights(reader)
         activations = self._embed(reader, forecast, dtype, batch_size, timings) if needs_data else None
         block_run = BlockRun(
             self.model,
