@@ -8,7 +8,6 @@ same held-out text. The table goes to stdout, progress to stderr.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -99,7 +98,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "demo" / "python")
     output = parser.parse_args().output.absolute()
-    os.chdir(ROOT / "benchmarks")  # in ROOT the folder demo/ would be taken for the model `demo`
     console.quiet_libraries()
     recipe = make_recipe({}, RECIPE)
     try:

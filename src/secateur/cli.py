@@ -213,6 +213,14 @@ def main(arguments: list[str] | None = None) -> Any:
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         sys.stderr.close()
         sys.exit(0)
+    except (MemoryError, RuntimeError) as error:
+        if debug or not (isinstance(error, MemoryError) or "memory" in str(error).lower()):
+            raise
+        sys.stderr.write(
+            f"secateur: out of memory ({' '.join(str(error).split())[:200]}); close other programs, use fewer "
+            "--samples, or a larger machine\n"
+        )
+        sys.exit(1)
     except OSError as error:  # what a system refuses can happen anywhere: a name too long, a folder that is locked
         if debug:
             raise

@@ -39,7 +39,7 @@ class Recipe(BaseModel):
         Whether a block is calibrated on the outputs of the pruned blocks before it (True) or of the dense ones.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, strict=True)
 
     model: str = "demo"
     domains: Annotated[tuple[str, ...], Field(alias="for", min_length=1)]
@@ -60,7 +60,7 @@ class Recipe(BaseModel):
             return (value,)
         if isinstance(value, Mapping):
             return tuple(f"{name}={weight}" for name, weight in value.items())
-        return value
+        return tuple(value) if isinstance(value, list) else value
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, with the keys of a recipe file."""

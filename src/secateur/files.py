@@ -46,6 +46,20 @@ def check_writable(target: Path) -> None:
         raise OutputError(f"output {str(target)!r} cannot be written: {error.strerror}; name another one") from error
 
 
+def make_parents(path: Path) -> list[Path]:
+    """Create the missing parents of `path`; return those that were missing, the innermost first."""
+    missing = [parent for parent in path.absolute().parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that are empty, in this order, up to the first that is not."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 def cache_folder() -> Path:
     """Return the folder for what can be made again: `$SECATEUR_CACHE` or `~/.cache/secateur`; it is created.
 
@@ -81,7 +95,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     _refuse_existing(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        created = make_parents(target)
         # The process id says whose it is, mkdtemp makes two uses in one process differ.
         partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-{os.getpid()}-", dir=target.parent))
         partial.chmod(0o777 & ~_umask())
@@ -98,6 +112,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             raise OutputError(f"cannot rename {partial} to {target} ({error.strerror})") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        remove_empty(created)
         raise
 
 
@@ -136,6 +151,10 @@ def peak_memory() -> int:
     """Return the most memory that this process has had resident so far, in bytes."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike ru_maxrss it does not begin with the peak of the process that started this one
+        lines = (line.split() for line in status.read_text().splitlines())
+        return next(int(line[1]) * 1024 for line in lines if line[0] == "VmHWM:")
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere

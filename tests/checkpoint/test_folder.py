@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.checkpoint.export import export
-from secateur.checkpoint.format import LOG, MANIFEST
+from secateur.checkpoint.format import LOG, MANIFEST, read_json
 from secateur.checkpoint.inspect import inspect, read_manifest
 from secateur.checkpoint.shards import read_shard
 from secateur.errors import CheckpointError, ModelError, OutputError, SecateurError, UnknownNameError
@@ -147,7 +147,7 @@ def test_the_manifest_says_how_it_was_made(base, submodel):
     assert manifest["base_model"]["parameters"] == sum(p.numel() for p in weights.parameters())  # tied ones once
     assert manifest["base_model"]["files"]["model.safetensors"] == sha256_file(base / "model.safetensors")
     assert manifest["recipe"]["sparsity"] == 0.55
-    assert manifest["recipe"]["for"] == ["python=1"]
+    assert manifest["recipe"]["for"] == ["python"]
     assert manifest["values"] == "bf16"
     assert {"secateur", "torch", "transformers"} <= manifest["versions"].keys()
     index = json.loads((submodel / INDEX).read_text())["weight_map"]
@@ -310,4 +310,15 @@ def test_the_card_warns_in_its_first_lines(submodel):
     assert body.startswith("**Write `import secateur` before transformers opens this folder.**")
     assert "random numbers" in body[:250]
     assert f"{json.loads((submodel / MANIFEST).read_text())['sparsity']:.2%} sparsity" in card
-    assert "base_model: tiny" in card
+    assert 'base_model: "tiny"' in card
+
+
+@pytest.mark.parametrize("lost", ["model-00002-of-00004.safetensors", "model-00004-of-00004.safetensors"])
+def test_export_refuses_an_index_that_leaves_out_a_shard(tmp_path, lost):
+    derive_tiny(save_tiny(tmp_path / "base", "llama"), tmp_path / "sub")
+    index = read_json(tmp_path / "sub" / INDEX)
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard != lost}
+    (tmp_path / "sub" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"lack|does not name"):
+        export(tmp_path / "sub", output=tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()

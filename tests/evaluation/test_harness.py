@@ -94,7 +94,6 @@ def test_other_vocabulary_is_compared_in_bits_per_byte(base, text, tmp_path):
         ({"tasks": ["perplexity:"]}, UnknownNameError, "names no domain"),
         ({"tasks": ["perplexity:pyton"]}, UnknownNameError, "did you mean 'python'"),
         ({"tasks": []}, ConfigError, "nothing to evaluate"),
-        ({"tasks": "perplexity:python"}, ConfigError, "lists"),
         ({"models": []}, ConfigError, "nothing to evaluate"),
         ({"models": ["/no/such/model"]}, ModelError, "/no/such/model"),
         ({"against": "/no/such/parent"}, ModelError, "/no/such/parent"),

@@ -40,10 +40,10 @@ def test_a_missing_weight_is_found_before_the_work(tmp_path):
     weights = load_file(base / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    announced = []
+    stages = []
     with pytest.raises(ModelError, match=r"no weight 'lm_head\.weight'"):
-        derive_tiny(base, tmp_path / "out", announce=announced.append)
-    assert announced == []
+        derive_tiny(base, tmp_path / "out", progress=lambda stage, *_: stages.append(stage))
+    assert "prune" not in stages
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -103,7 +103,16 @@ def forecast_of(base, tmp_path):
     from secateur.pruning.forecast import make_forecast
 
     model = load_skeleton(ModelFolder(base, "tiny"))
-    found = make_forecast(model, find_blocks(model), 5 * 48, 2, 2048 // 48 * 48, tmp_path / "out.partial")
+    found = make_forecast(
+        model,
+        find_blocks(model),
+        tokens=5 * 48,
+        itemsize=2,
+        batch_tokens=2048 // 48 * 48,
+        sparsity=0.5,
+        threads=1,
+        output=tmp_path / "out.partial",
+    )
     return found.working_memory, found.activations
 
 
@@ -114,8 +123,9 @@ def test_mapped_activations_give_the_same_bytes(base, tmp_path, monkeypatch, pro
     make_memory(monkeypatch, int((working + activations / 2) / 0.85))
     lines, seen = [], []
 
-    def look(*_):
-        seen.append((tmp_path / "mapped.partial" / ACTIVATIONS).stat().st_size)
+    def look(stage, *_):
+        if stage == "prune":
+            seen.append((tmp_path / "mapped.partial" / ACTIVATIONS).stat().st_size)
 
     derive_tiny(base, tmp_path / "mapped", propagate=propagate, announce=lines.append, progress=look)
     assert "in a mapped file" in lines[0]

@@ -45,7 +45,7 @@ def die_after_renaming():
     Path.rename = rename
 
 def before_block(index):
-    return {"progress": lambda stage, done, total: die() if done == index else None}
+    return {"progress": lambda stage, done, total: die() if (stage, done) == ("prune", index) else None}
 
 MOMENTS = {
     "before block 0": lambda: before_block(0),
@@ -217,8 +217,8 @@ def test_two_processes_do_not_share_a_folder(base, tmp_path, undisturbed):
 def test_an_output_that_appears_meanwhile_is_not_replaced_and_costs_nothing(base, tmp_path, undisturbed):
     out = tmp_path / "out"
 
-    def appear(_, done, total):
-        if done == total:
+    def appear(stage, done, total):
+        if stage == "prune" and done == total:
             out.mkdir()
 
     with pytest.raises(OutputError, match=r"appeared while .*the result is in .*out\.partial"):

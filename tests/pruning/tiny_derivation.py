@@ -55,8 +55,8 @@ class Interrupt(BaseException):
 def interrupt(base: Path, out: Path, block: int = 2, **options: object) -> Path:
     """Stop a derivation before `block`, as the user does with Ctrl-C; return `OUT.partial`."""
 
-    def stop(_, done, __):
-        if done == block:
+    def stop(stage, done, __):
+        if (stage, done) == ("prune", block):
             raise Interrupt
 
     with pytest.raises(Interrupt):

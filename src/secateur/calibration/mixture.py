@@ -52,6 +52,13 @@ def normalise_mixture(mixture: Sequence[tuple[str, float]]) -> Mixture:
     return tuple((domain, weight / total) for domain, weight in weights.items())
 
 
+def domain_items(mixture: Mixture) -> list[str]:
+    """Return a mixture as a person writes it, such that `parse_mixture` gives it back."""
+    if len(mixture) == 1:
+        return [mixture[0][0]]
+    return [f"{domain}={weight!r}" for domain, weight in mixture]
+
+
 def apportion(total: int, shares: Sequence[tuple[str, float]]) -> list[int]:
     """Divide `total` tokens by weight so that the parts add up (largest remainder; on a tie the first name gains).
 

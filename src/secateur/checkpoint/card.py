@@ -1,12 +1,13 @@
 """The model card of a sub-model (its README.md), made from the manifest."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 _TEMPLATE = """\
 ---
 library_name: secateur
-base_model: {base}
+base_model: {quoted_base}
 tags: [secateur, pruned, sparse]
 ---
 **Write `import secateur` before transformers opens this folder.** Without it transformers only warns about an unknown
@@ -22,7 +23,8 @@ or `transformers.AutoModelForCausalLM.from_pretrained("path/to/this/folder")` af
 
 # Sub-model of {base}
 
-A sub-model for **{domains}**, derived with [Secateur](https://arxiv.org/abs/2501.05248). Of the {size:,} weights in the
+A sub-model for **{domains}**, derived with Secateur after the method of
+[arXiv 2501.05248](https://arxiv.org/abs/2501.05248). Of the {size:,} weights in the
 decoder's linear layers {kept:,} are kept ({sparsity:.2%} sparsity); embeddings, head and norms are those of the parent.
 
 | | |
@@ -46,6 +48,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     sources = "; ".join(f"{one['source']} {one['version']} ({one['licence']})" for one in calibration["provenance"])
     return _TEMPLATE.format(
         base=manifest["base_model"]["name"],
+        quoted_base=json.dumps(manifest["base_model"]["name"]),
         domains=", ".join(recipe["for"]),
         size=manifest["prunable_weights"],
         kept=manifest["kept_weights"],

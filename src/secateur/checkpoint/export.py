@@ -1,13 +1,12 @@
 """A sub-model in formats that other programs read."""
 
 import json
-import shutil
 from pathlib import Path
 
 from secateur.checkpoint.format import INDEX, check_quantization_config, dump_json, read_json
 from secateur.checkpoint.inspect import read_manifest
 from secateur.checkpoint.shards import METADATA, read_shard
-from secateur.checkpoint.submodel import CARRIED
+from secateur.checkpoint.submodel import carry_files
 from secateur.errors import CheckpointError
 from secateur.files import atomic_folder, atomic_write_bytes
 from secateur.models.safetensors_writer import write_safetensors
@@ -40,23 +39,26 @@ def export(path: str | Path, *, output: str | Path, format: str = "dense") -> Pa
     """
     FORMATS.get(format)
     source, target = Path(path), Path(output)
-    read_manifest(source)
+    manifest = read_manifest(source)
     config = read_json(source / "config.json")
     shapes = check_quantization_config(config.pop("quantization_config", None))
     index = read_json(source / INDEX)
     with atomic_folder(target) as folder:
         weight_map: dict[str, str] = {}
         total = 0
-        for shard in _shards(source, index):
+        shards = _shards(source, index)
+        for shard in shards:
             tensors = read_shard(source / shard, shapes)
             write_safetensors(folder / shard, tensors, METADATA)
             weight_map.update(dict.fromkeys(tensors, shard))
             total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if missing := [name for name in shapes if name not in weight_map]:
+            raise CheckpointError(f"the shards that {INDEX} names lack {missing[0]!r}; derive or fetch it again")
+        if unused := [name for name in manifest["files"] if name.endswith(".safetensors") and name not in shards]:
+            raise CheckpointError(f"{INDEX} does not name the shard {unused[0]!r}; derive or fetch the sub-model again")
         atomic_write_bytes(folder / INDEX, dump_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
         atomic_write_bytes(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-        for name in CARRIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        carry_files(source, folder)
     return target
 
 

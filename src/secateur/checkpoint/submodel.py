@@ -26,6 +26,9 @@ from secateur.files import atomic_write_bytes, sha256_file
 
 # Files of a base model that a sub-model carries unchanged, when they are there.
 CARRIED = (
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,8 +38,13 @@ CARRIED = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "LICENSE",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
 )
+
+
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -79,10 +87,11 @@ def finish_submodel(
     layers = _write_index(folder, shards, shapes)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(shapes, provenance.values)
+    if not {"dtype", "torch_dtype"} & config.keys():
+        # Without it a reader goes by the first tensor it meets, and that is another one than in the base's files.
+        config["dtype"] = DTYPE_NAMES[provenance.values.split("+")[0]]
     atomic_write_bytes(folder / "config.json", dump_json(config))
-    for name in CARRIED:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
+    carry_files(base, folder)
     size = sum(layer.size for layer in layers)
     kept = sum(layer.kept for layer in layers)
     manifest: dict[str, Any] = {
@@ -101,6 +110,14 @@ def finish_submodel(
     hashed = sorted(path.name for path in folder.iterdir() if path.name not in NOT_HASHED)
     manifest["files"] = {name: sha256_file(folder / name) for name in hashed}
     return manifest
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation settings and licences from one model folder to another."""
+    for pattern in CARRIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
 
 
 def _write_index(folder: Path, shards: Iterable[str], shapes: Mapping[str, tuple[int, int]]) -> tuple[LayerRecord, ...]:

@@ -27,8 +27,8 @@ Progress = Callable[[str, int, int], None]
 
 
 def evaluate(
-    models: Sequence[str | Path],
-    tasks: Sequence[str],
+    models: str | Path | Sequence[str | Path],
+    tasks: str | Sequence[str],
     *,
     against: str | Path | None = None,
     limit: int | None = None,
@@ -44,7 +44,7 @@ def evaluate(
     Parameters
     ----------
     models
-        Base models or sub-models, as `resolve_model` takes them.
+        Base models or sub-models, as `resolve_model` takes them; one or several.
     tasks
         Names such as `perplexity:python`.
     against
@@ -69,8 +69,12 @@ def evaluate(
     CheckpointError, ModelError
         When a model cannot be opened, or gives a likelihood that is not finite. Nothing is written then.
     """
+    import torch
+
     from secateur.models.device import checked_device, set_threads
 
+    models = [models] if isinstance(models, str | Path) else models
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     limit = DEFAULT_LIMIT if limit is None else limit
     output = None if output is None else Path(output)
     check_arguments(models, tasks, limit, output)
@@ -93,7 +97,7 @@ def evaluate(
             "window_length": plan.window_length,
             "windows_per_document": WINDOWS_PER_DOCUMENT,
             "device": device,
-            "threads": threads,
+            "threads": torch.get_num_threads(),
         },
         versions=_versions(),
     )

@@ -79,7 +79,11 @@ def _downloaded() -> Iterator[Path]:
 def run_client(command: list[str]) -> None:
     """Run the package client; what it says goes into the error if it fails."""
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
+        # An empty folder to run in: no stray pip.py where the user stands takes part.
+        with tempfile.TemporaryDirectory() as empty:
+            done = subprocess.run(
+                command, check=False, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, cwd=empty
+            )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _NotHereError(f"pip did not run ({error})") from error
     if done.returncode:

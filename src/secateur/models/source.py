@@ -26,7 +26,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DEMO = "demo"
 
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 # Subfolders and consolidated files repeat the weights in a layout that is not transformers'.
 HUB_IGNORED = ["*/*", "consolidated*"]
 
@@ -65,7 +65,7 @@ def resolve_model(name: str | Path) -> ModelFolder:
     ----------
     name
         A Hugging Face folder, a GGUF file (converted once, see `models.gguf`), `demo`, or a hub id `org/name` or
-        `org/name@revision`. What exists on disk is never looked for on the hub.
+        `org/name@revision`. What exists on disk is never looked for on the hub; a folder called demo is `./demo`.
 
     Raises
     ------
@@ -74,15 +74,15 @@ def resolve_model(name: str | Path) -> ModelFolder:
     """
     text = str(name)
     path = user_path(text)
-    if path.is_dir():
-        return _checked(ModelFolder(path.resolve(), text))
-    if path.is_file():
-        return _from_file(path)
-    if text == DEMO:
+    if text == DEMO and isinstance(name, str):  # a folder of that name is meant by ./demo
         # Imported here because it imports torch by way of the converter.
         from secateur.models.demo import DEMO_NAME, demo_folder
 
         return _cached(demo_folder, DEMO_NAME)
+    if path.is_dir():
+        return _checked(ModelFolder(path.resolve(), text))
+    if path.is_file():
+        return _from_file(path)
     hub_id = HUB_ID.fullmatch(text)
     if hub_id and isinstance(name, str) and not text.startswith(".") and not text.endswith(".gguf"):
         return _checked(ModelFolder(_download(hub_id["repository"], hub_id["revision"]), text))
@@ -148,6 +148,8 @@ def _checked(folder: ModelFolder) -> ModelFolder:
     """Return `folder` if it is whole and can be loaded without code of its own."""
     config = _read_json(folder.path / "config.json")
     _refuse_own_code(folder.path, config)
+    if (folder.path / "adapter_config.json").exists():
+        raise ModelError(f"{folder.path} is an adapter, not a whole model; merge it into its base and save that")
     for file in folder.weight_files():
         _check_safetensors(file)
     return folder

@@ -5,7 +5,6 @@ Nothing here holds more of a model than it was asked for; a file stays mapped on
 
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from secateur.errors import ModelError
 from secateur.models.finite import all_finite
-from secateur.models.source import ModelFolder
+from secateur.models.source import ModelFolder, first_line
 
 FLOAT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -34,7 +33,9 @@ def load_skeleton(folder: ModelFolder) -> PreTrainedModel:
 
     raw = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in raw:
-        kind = (raw["quantization_config"] or {}).get("quant_method", "an unnamed method")
+        said = raw["quantization_config"]
+        named = said.get("quant_method") if isinstance(said, dict) else said
+        kind = str(named or "an unnamed method")
         remedy = (
             "export it with `secateur export --format dense` first" if kind == "secateur" else "name its dense parent"
         )
@@ -47,9 +48,12 @@ def load_skeleton(folder: ModelFolder) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.tie_weights()  # moving parameters to the meta device has untied them
     except Exception as error:  # transformers raises anything here
+        raise ModelError(f"model {folder.name!r} is no decoder that transformers knows: {first_line(error)}") from error
+    if config.get_text_config(decoder=True) is not config:
         raise ModelError(
-            f"model {folder.name!r} is no decoder that transformers knows: {_first_line(error)}"
-        ) from error
+            f"model {folder.name!r} is multimodal ({config.model_type}), only text decoders are supported: "
+            "name a text-only checkpoint"
+        )
     model.eval()
     return model
 
@@ -76,15 +80,11 @@ class WeightReader:
             return key
         return self._prefix + key
 
-    @contextlib.contextmanager
-    def _opened(self, path: Path) -> Iterator[Any]:
+    def _opened(self, path: Path) -> Any:
         try:
-            with safe_open(path, framework="pt") as file:
-                yield file
+            return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"weights {str(path)!r} cannot be read: {_first_line(error)}; fetch the file again"
-            ) from None
+            raise ModelError(f"weights {str(path)!r} cannot be read: {first_line(error)}; fetch it again") from error
 
     def __enter__(self) -> "WeightReader":
         return self
@@ -160,7 +160,3 @@ def drop_parameters(module: nn.Module) -> None:
     for owner in module.modules():
         for leaf, parameter in list(owner.named_parameters(recurse=False)):
             setattr(owner, leaf, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,21 +10,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from secateur.calibration.mixture import parse_mixture
+from secateur.calibration.mixture import domain_items, parse_mixture
 from secateur.calibration.packing import CalibrationSet, build_calibration_set
 from secateur.checkpoint.format import MANIFEST, read_json
 from secateur.config import Recipe, make_recipe
 from secateur.errors import ConfigError, ModelError
-from secateur.files import sha256_file
+from secateur.files import check_writable, sha256_file
 from secateur.models.device import checked_device, limited_threads
 from secateur.models.source import ModelFolder, load_tokenizer, resolve_model
-from secateur.models.structure import find_blocks
-from secateur.models.weights import load_skeleton
 from secateur.pruning.budgets import BUDGETS
-from secateur.pruning.job import Job
+from secateur.pruning.job import Base, Job, forecast_job
 from secateur.pruning.loop import Progress
 from secateur.pruning.methods import METHODS
-from secateur.pruning.workspace import check_output, finished_as_planned, open_workspace
+from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def derive(
     recipe = make_recipe(
         {
             "model": folder.name if isinstance(model, ModelFolder) else str(model),
-            "for": [f"{name}={weight:g}" for name, weight in calibration.mixture],
+            "for": domain_items(calibration.mixture),
             "sparsity": sparsity,
             "method": method,
             "budget": budget,
@@ -135,7 +133,7 @@ def derive(
         }
     )
     execution = Execution(output, device, threads, resume, progress, announce)
-    return _derive(folder, recipe, calibration, execution)
+    return _derive(Base.open(folder), recipe, calibration, execution)
 
 
 def derive_recipe(
@@ -157,9 +155,13 @@ def derive_recipe(
     METHODS.get(recipe.method)
     BUDGETS.get(recipe.budget)
     mixture = parse_mixture(recipe.domains)
+    checked_device(device)
     if not resume:
         check_output(Path(os.path.normpath(output)))
+    check_writable(Path(output))
     folder = resolve_model(recipe.model)
+    base = Base.open(folder)
+    _check_length(base.model, recipe.sequence_length)
     calibration = build_calibration_set(
         mixture,
         load_tokenizer(folder),
@@ -168,7 +170,7 @@ def derive_recipe(
         seed=recipe.seed,
         data=data,
     )
-    return _derive(folder, recipe, calibration, Execution(output, device, threads, resume, progress, announce))
+    return _derive(base, recipe, calibration, Execution(output, device, threads, resume, progress, announce))
 
 
 @dataclass(frozen=True)
@@ -183,37 +185,44 @@ class Execution:
     announce: Callable[[str], None] | None
 
 
-def _derive(folder: ModelFolder, recipe: Recipe, calibration: CalibrationSet, execution: Execution) -> SubModel:
+def _derive(base: Base, recipe: Recipe, calibration: CalibrationSet, execution: Execution) -> SubModel:
     METHODS.get(recipe.method)
     BUDGETS.get(recipe.budget)
     target = Path(os.path.normpath(execution.output))
     device = checked_device(execution.device)
-    skeleton = load_skeleton(folder)
-    blocks = find_blocks(skeleton)
-    _check_calibration(skeleton, calibration)
-    plan = _plan(folder, skeleton, recipe, calibration, execution.threads)
-    if execution.resume and finished_as_planned(target, plan):
+    _check_calibration(base.model, calibration)
+    if execution.resume and os.path.lexists(target):
+        check_finished(target, _plan(base, recipe, calibration, execution))
         return SubModel(target, read_json(target / MANIFEST), {})
+    check_output(target, resume=execution.resume)
+    threads = execution.threads or torch.get_num_threads()
+    forecast = forecast_job(base, recipe, calibration.token_ids.size, threads, partial_folder(target))
+    if execution.announce is not None:
+        execution.announce(forecast.describe())
+    plan = _plan(base, recipe, calibration, execution)
     with open_workspace(target, resume=execution.resume) as workspace:
         plan = workspace.start(plan)
         with limited_threads(plan["run_threads"]):
-            job = Job(folder, skeleton, blocks, recipe, calibration, device, workspace, plan)
-            log = job.run(execution.progress, execution.announce)
+            log = Job(base, recipe, calibration, forecast, device, workspace, plan).run(execution.progress)
     return SubModel(target, read_json(target / MANIFEST), log)
 
 
-def _plan(
-    folder: ModelFolder, model: PreTrainedModel, recipe: Recipe, calibration: CalibrationSet, threads: int | None
-) -> dict[str, Any]:
+def _plan(base: Base, recipe: Recipe, calibration: CalibrationSet, execution: Execution) -> dict[str, Any]:
     """Everything that decides the bytes of the result, as plain JSON."""
-    names = {"model.safetensors.index.json", "config.json"}
-    files = [*folder.weight_files(), *(folder.path / name for name in sorted(names) if (folder.path / name).exists())]
+    folder = base.folder
+    names = ("config.json", "model.safetensors.index.json")
+    files = [*folder.weight_files(), *(folder.path / name for name in names if (folder.path / name).exists())]
+    hashes = {}
+    for number, path in enumerate(files):
+        execution.progress("hash", number, len(files))
+        hashes[path.name] = sha256_file(path)
+    execution.progress("hash", len(files), len(files))
     return {
         "recipe": recipe.to_dict(),
         "base_model": {
             "name": folder.name,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "files": {path.name: sha256_file(path) for path in files},
+            "parameters": sum(parameter.numel() for parameter in base.model.parameters()),
+            "files": hashes,
         },
         "calibration": {
             "sha256": calibration.sha256,
@@ -222,21 +231,26 @@ def _plan(
             "provenance": [asdict(one) for one in calibration.provenance],
         },
         "versions": {name: version(name) for name in ("secateur", "torch", "transformers")},
-        "run_threads": threads or torch.get_num_threads(),
+        "device": torch.device(execution.device).type,
+        "run_threads": execution.threads or torch.get_num_threads(),
     }
 
 
-def _check_calibration(model: PreTrainedModel, calibration: CalibrationSet) -> None:
-    config = model.config.get_text_config(decoder=True)
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and calibration.sequence_length > longest:
+def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
         raise ConfigError(
-            f"sequence length {calibration.sequence_length} is more than the {longest} tokens that the model takes: "
+            f"sequence length {sequence_length} is more than the {longest} tokens that the model takes: "
             "use a shorter --sequence-length"
         )
-    highest = int(calibration.token_ids.max())
-    if highest >= config.vocab_size:
+
+
+def _check_calibration(model: PreTrainedModel, calibration: CalibrationSet) -> None:
+    _check_length(model, calibration.sequence_length)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    lowest, highest = int(calibration.token_ids.min()), int(calibration.token_ids.max())
+    if lowest < 0 or highest >= vocabulary:
         raise ModelError(
-            f"the calibration set holds token {highest}, the model's vocabulary has {config.vocab_size}: "
-            "it was made with another tokenizer"
+            f"the calibration set holds token {lowest if lowest < 0 else highest}, the model's vocabulary has "
+            f"{vocabulary}: it was made with another tokenizer"
         )

@@ -19,6 +19,8 @@ MEMORY_SHARE = 0.85
 # Activations inside one block, in multiples of one batch of [tokens, intermediate_size] and [tokens, hidden_size].
 INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
 TOKENS_PER_BATCH = 2048
+# Tokenizer, offsets of rows, index and manifest.
+SMALL_FILES = 32_000_000
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,16 @@ class Forecast:
         )
 
 
-def make_forecast(  # noqa: PLR0917
-    model: PreTrainedModel, blocks: tuple[Block, ...], tokens: int, itemsize: int, batch_tokens: int, output: Path
+def make_forecast(
+    model: PreTrainedModel,
+    blocks: tuple[Block, ...],
+    *,
+    tokens: int,
+    itemsize: int,
+    batch_tokens: int,
+    sparsity: float,
+    threads: int,
+    output: Path,
 ) -> Forecast:
     """Forecast a derivation.
 
@@ -72,8 +82,13 @@ def make_forecast(  # noqa: PLR0917
         Bytes of one value in the model's precision.
     batch_tokens
         Tokens in one forward pass.
+    sparsity
+        Fraction of the prunable weights that is removed.
+    threads
+        Number of CPU threads, and so of weights that are pruned side by side.
     output
-        The folder that will be written; its nearest existing parent tells the free disk.
+        The folder that is worked in: its nearest existing parent tells the free disk, and shards that it has already
+        are not counted again.
 
     Raises
     ------
@@ -84,13 +99,15 @@ def make_forecast(  # noqa: PLR0917
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     largest = max(sum(p.numel() for p in model.get_submodule(block.name).parameters()) for block in blocks)
-    widest = max(model.get_submodule(f"{b.name}.{n}").weight.numel() for b in blocks for n in b.prunable)
+    sizes = [model.get_parameter(b.weight_name(n)).numel() for b in blocks for n in b.prunable]
+    side_by_side = sum(sorted(sizes, reverse=True)[:threads])
     activations = tokens * hidden * itemsize
     batch = min(batch_tokens, tokens) * itemsize * (INTERMEDIATE_COPIES * intermediate + HIDDEN_COPIES * hidden)
-    # Dense weights and packed ones of a block; scores, their partition and positions for the widest weight.
-    working = 2 * largest * itemsize + 16 * widest + batch
+    # Dense weights and packed ones of a block; scores, their partition and positions of the weights pruned at once.
+    working = 2 * largest * itemsize + 16 * side_by_side + batch
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    disk = int(parameters * (itemsize + 1 / 8))
+    disk = int(parameters * itemsize - sum(sizes) * (sparsity * itemsize - 1 / 8)) + SMALL_FILES
+    disk -= sum(path.stat().st_size for path in output.glob("*.safetensors"))
     memory, free_disk = available_memory(), shutil.disk_usage(_existing_parent(output)).free
     map_activations = activations + working > MEMORY_SHARE * memory
     forecast = Forecast(

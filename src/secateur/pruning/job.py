@@ -1,13 +1,16 @@
-"""One derivation, from an open workspace to a published folder: forecast, embed, prune the blocks, finish."""
+"""One derivation, from an open workspace to a published folder: check, embed, prune the blocks, finish."""
 
+import math
+import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.calibration.packing import CalibrationSet
@@ -19,8 +22,8 @@ from secateur.errors import ModelError
 from secateur.files import atomic_write_bytes, peak_memory
 from secateur.models.replay import record_inputs
 from secateur.models.source import ModelFolder
-from secateur.models.structure import Block
-from secateur.models.weights import WeightReader, drop_parameters, set_parameters
+from secateur.models.structure import Block, find_blocks
+from secateur.models.weights import WeightReader, drop_parameters, load_skeleton, set_parameters
 from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.forecast import TOKENS_PER_BATCH, Forecast, make_forecast
 from secateur.pruning.loop import Activations, BlockRun, Progress, prune_blocks
@@ -31,62 +34,113 @@ VALUE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 
 
 @dataclass(frozen=True)
-class Job:
-    """One derivation into an open workspace.
+class Base:
+    """A base model that is ready to be pruned.
 
     Attributes
     ----------
     folder
-        The base model.
+        Where its files are.
     model
         Its skeleton, parameters on the meta device.
-    plan
-        Everything that decides the bytes of the result, as plain JSON.
+    blocks
+        Its decoder blocks.
+    reader
+        Its tensors.
     """
 
     folder: ModelFolder
     model: PreTrainedModel
     blocks: tuple[Block, ...]
+    reader: WeightReader
+
+    @classmethod
+    def open(cls, folder: ModelFolder) -> "Base":
+        """Read config and headers, and find the blocks; raises `ModelError` for what is not understood."""
+        model = load_skeleton(folder)
+        return cls(folder, model, find_blocks(model), WeightReader(folder, model))
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """[out_features, in_features] of each prunable weight by name, in the order of the model."""
+        names = [block.weight_name(linear) for block in self.blocks for linear in block.prunable]
+        shapes = {name: self.model.get_parameter(name).shape for name in names}
+        return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+
+    def dtype(self) -> torch.dtype:
+        """The precision that blocks are run in: that of the first prunable weight."""
+        with self.reader as reader:
+            return reader.mapped(next(iter(self.shapes()))).dtype
+
+    def stored_names(self) -> list[str]:
+        """Return the names of the parameters that have a tensor of their own, in the order of the model.
+
+        A tied parameter has none, unless the files hold one that differs: transformers then unties the two.
+        """
+        tied = dict(self.model.all_tied_weights_keys) if self.model.config.tie_word_embeddings else {}
+        with self.reader as reader:
+            same = {
+                name
+                for name, source in tied.items()
+                if name not in reader or (source in reader and torch.equal(reader.mapped(name), reader.mapped(source)))
+            }
+        return [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in same]
+
+    def outer_names(self) -> list[str]:
+        """Return those of `stored_names` that lie outside the blocks."""
+        inside = tuple(f"{block.name}." for block in self.blocks)
+        return [name for name in self.stored_names() if not name.startswith(inside)]
+
+
+def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspace: Path) -> Forecast:
+    """Forecast a derivation from headers alone; raises `ResourceError` when it cannot fit."""
+    needs_data = METHODS.get(recipe.method).needs != "nothing"
+    return make_forecast(
+        base.model,
+        base.blocks,
+        tokens=tokens if needs_data else 0,
+        itemsize=base.dtype().itemsize,
+        batch_tokens=_batch_size(recipe) * recipe.sequence_length,
+        sparsity=recipe.sparsity,
+        threads=threads,
+        output=workspace,
+    )
+
+
+def _batch_size(recipe: Recipe) -> int:
+    return max(1, TOKENS_PER_BATCH // recipe.sequence_length)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One derivation into an open workspace.
+
+    Attributes
+    ----------
+    base, recipe, calibration, forecast, workspace
+        What is derived, from what, and where.
+    device
+        Where blocks run.
+    plan
+        Everything that decides the bytes of the result, as plain JSON.
+    """
+
+    base: Base
     recipe: Recipe
     calibration: CalibrationSet
+    forecast: Forecast
     device: torch.device
     workspace: Workspace
     plan: dict[str, Any]
 
-    def run(self, progress: Progress, announce: Callable[[str], None] | None) -> dict[str, Any]:
+    def run(self, progress: Progress) -> dict[str, Any]:
         """Do the work, publish the folder and return the log."""
         started, timings = time.perf_counter(), dict[str, float]()
         memory_before = psutil.Process().memory_info().rss
-        sizes = {b.weight_name(n): self._shape(b, n)[0] * self._shape(b, n)[1] for b in self.blocks for n in b.prunable}
-        reader = WeightReader(self.folder, self.model)
-        needs_data = METHODS.get(self.recipe.method).needs != "nothing"
-        dtype = self._dtype(reader)
-        batch_size = max(1, TOKENS_PER_BATCH // self.recipe.sequence_length)
-        forecast = make_forecast(
-            self.model,
-            self.blocks,
-            self.calibration.token_ids.size if needs_data else 0,
-            dtype.itemsize,
-            batch_size * self.recipe.sequence_length,
-            self.workspace.folder,
-        )
-        if announce is not None:
-            announce(forecast.describe())
-        self._check_weights(reader)
-        activations = self._embed(reader, forecast, dtype, batch_size, timings) if needs_data else None
-        block_run = BlockRun(
-            self.model,
-            self.blocks,
-            reader,
-            self.recipe,
-            BUDGETS.get(self.recipe.budget).function(sizes, self.recipe.sparsity),
-            lambda block: self.workspace.folder / shard_name(block.index + 1, len(self.blocks) + 1),
-            activations,
-            self.device,
-        )
-        prune_blocks(block_run, progress, timings)
+        self._check_weights(progress)
+        timings["check"] = time.perf_counter() - started
+        prune_blocks(self._block_run(timings), progress, timings)
         finish_started = time.perf_counter()
-        manifest = self._finish(reader, dtype)
+        manifest = self._finish()
         timings["finish"] = time.perf_counter() - finish_started
         log = self._log(time.perf_counter() - started, timings, memory_before)
         atomic_write_bytes(self.workspace.folder / LOG, dump_json(log))
@@ -94,81 +148,86 @@ class Job:
         self.workspace.publish()
         return log
 
-    def _stored_names(self) -> list[str]:
-        """Return the names of all parameters but those that are tied to another one."""
-        tied = set(self.model.all_tied_weights_keys) if self.model.config.tie_word_embeddings else set()
-        return [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in tied]
+    def _block_run(self, timings: dict[str, float]) -> BlockRun:
+        sizes = {name: out * width for name, (out, width) in self.base.shapes().items()}
+        needs_data = METHODS.get(self.recipe.method).needs != "nothing"
+        return BlockRun(
+            self.base.model,
+            self.base.blocks,
+            self.base.reader,
+            self.recipe,
+            BUDGETS.get(self.recipe.budget).function(sizes, self.recipe.sparsity),
+            lambda block: self.workspace.folder / shard_name(block.index + 1, len(self.base.blocks) + 1),
+            self._embed(timings) if needs_data else None,
+            self.device,
+        )
 
-    def _check_weights(self, reader: WeightReader) -> None:
+    def _check_weights(self, progress: Progress) -> None:
         """Raise `ModelError` for a weight that is missing, misshapen or not finite before hours of work, not after."""
-        for name in self._stored_names():
-            with reader:  # opened anew for each weight, so that no more than that is mapped
-                received, expected = list(reader.checked(name).shape), list(self.model.get_parameter(name).shape)
+        names = self.base.stored_names()
+        for number, name in enumerate(names):
+            with self.base.reader as reader:  # opened anew for each weight, so that no more than that is mapped
+                received, expected = list(reader.checked(name).shape), list(self.base.model.get_parameter(name).shape)
             if received != expected:
                 raise ModelError(
-                    f"weight {name!r} of model {self.folder.name!r} has shape {received}, its config asks for "
+                    f"weight {name!r} of model {self.base.folder.name!r} has shape {received}, its config asks for "
                     f"{expected}; fetch the model again"
                 )
+            progress("check", number + 1, len(names))
 
-    def _shape(self, block: Block, linear: str) -> tuple[int, int]:
-        out_features, in_features = self.model.get_submodule(f"{block.name}.{linear}").weight.shape
-        return out_features, in_features
-
-    def _dtype(self, reader: WeightReader) -> torch.dtype:
-        with reader:
-            return reader.mapped(self.blocks[0].weight_name(self.blocks[0].prunable[0])).dtype
-
-    def _embed(
-        self, reader: WeightReader, forecast: Forecast, dtype: torch.dtype, batch_size: int, timings: dict[str, float]
-    ) -> Activations:
+    def _embed(self, timings: dict[str, float]) -> Activations:
         """Run everything before the first block over the calibration set and record what each block receives."""
         started = time.perf_counter()
-        config = self.model.config.get_text_config(decoder=True)
-        shape = (*self.calibration.token_ids.shape, config.hidden_size)
-        if forecast.map_activations:
-            hidden_states = torch.from_file(
-                str(self.workspace.folder / ACTIVATIONS), shared=True, size=shape[0] * shape[1] * shape[2], dtype=dtype
-            ).view(shape)
-        else:
-            hidden_states = torch.empty(shape, dtype=dtype)
-        decoder = self.model.get_decoder()
-        prefix = next(name for name, module in self.model.named_modules() if module is decoder)
-        inside = tuple(f"{block.name}." for block in self.blocks)
-        with reader, torch.inference_mode():
-            outer = [name for name, _ in self.model.named_parameters() if not name.startswith(inside)]
-            outer = [name for name in outer if name.startswith(f"{prefix}.")]
-            set_parameters(self.model, {name: reader.mapped(name).to(self.device, dtype) for name in outer})
+        model, dtype, batch_size = self.base.model, self.base.dtype(), _batch_size(self.recipe)
+        hidden_states = self._empty_activations(dtype)
+        decoder = model.get_decoder()
+        prefix = next(name for name, module in model.named_modules() if module is decoder)
+        outer = [name for name in self.base.outer_names() if name.startswith(f"{prefix}.")]
+        with self.base.reader as reader, torch.inference_mode():
+            set_parameters(model, {name: reader.mapped(name).to(self.device, dtype) for name in outer})
             inputs = record_inputs(
-                self.model,
-                self.blocks,
+                model,
+                self.base.blocks,
                 torch.from_numpy(self.calibration.token_ids),
                 batch_size,
                 lambda start, hidden: hidden_states[start : start + len(hidden)].copy_(hidden),
                 self.device,
             )
             for name in outer:
-                drop_parameters(self.model.get_submodule(name.rpartition(".")[0]))
+                drop_parameters(model.get_submodule(name.rpartition(".")[0]))
         timings["embed"] = time.perf_counter() - started
         return Activations(hidden_states, inputs, batch_size)
 
-    def _finish(self, reader: WeightReader, dtype: torch.dtype) -> dict[str, Any]:
-        total = len(self.blocks) + 1
-        inside = tuple(f"{block.name}." for block in self.blocks)
-        outer = [name for name in self._stored_names() if not name.startswith(inside)]
-        path = self.workspace.folder / shard_name(total, total)
+    def _empty_activations(self, dtype: torch.dtype) -> Tensor:
+        """Return [samples, sequence_length, hidden_size], in memory or in a mapped file as the forecast says."""
+        shape = (*self.calibration.token_ids.shape, self.base.model.config.get_text_config(decoder=True).hidden_size)
+        if not self.forecast.map_activations:
+            return torch.empty(shape, dtype=dtype)
+        path, size = self.workspace.folder / ACTIVATIONS, math.prod(shape)
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a crash when a page is touched
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+    def _finish(self) -> dict[str, Any]:
+        total = len(self.base.blocks) + 1
+        path, reader = self.workspace.folder / shard_name(total, total), self.base.reader
         if not path.exists():
+            outer = self.base.outer_names()
             with reader:
                 write_outer_shard(path, {n: (reader.shape(n), reader.mapped(n).dtype) for n in outer}, reader.mapped)
-        shapes = {b.weight_name(n): self._shape(b, n) for b in self.blocks for n in b.prunable}
+        shapes = self.base.shapes()
+        with reader:
+            dtypes = dict.fromkeys(VALUE_NAMES[reader.mapped(name).dtype] for name in shapes)
         provenance = Provenance(
             self.plan["base_model"],
             self.plan["recipe"],
             self.plan["calibration"],
             self.plan["versions"],
-            VALUE_NAMES[dtype],
+            "+".join(dtypes),
         )
         shards = [shard_name(number, total) for number in range(1, total + 1)]
-        return finish_submodel(self.workspace.folder, self.folder.path, shards, shapes, provenance)
+        return finish_submodel(self.workspace.folder, self.base.folder.path, shards, shapes, provenance)
 
     def _log(self, seconds: float, timings: dict[str, float], memory_before: int) -> dict[str, Any]:
         peak = peak_memory()
@@ -178,6 +237,7 @@ class Job:
             "peak_memory_bytes": peak,
             "peak_memory_above_start_bytes": max(0, peak - memory_before),
             "threads": torch.get_num_threads(),
+            "device": str(self.device),
             "resumed": self.workspace.resumed,
             "machine": platform.platform(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -19,7 +19,7 @@ from secateur.calibration.statistics import InputStatistics, StatisticsCollector
 from secateur.checkpoint.bitmask import PackedWeight, pack
 from secateur.checkpoint.shards import read_shard, write_block_shard
 from secateur.config import Recipe
-from secateur.errors import ModelError
+from secateur.errors import CheckpointError, ModelError
 from secateur.files import release_freed_memory
 from secateur.models.replay import BlockInputs, run_block
 from secateur.models.structure import Block
@@ -84,10 +84,12 @@ def prune_blocks(run: BlockRun, progress: Progress, timings: dict[str, float]) -
         progress("prune", block.index, len(run.blocks))
         path = run.shard(block)
         if path.exists():
-            if run.activations is not None:
+            try:
                 _restore(run, block, path, timer)
-        else:
-            _prune_block(run, block, path, timer)
+                continue
+            except CheckpointError:  # a shard that the disk has damaged is made again
+                path.unlink()
+        _prune_block(run, block, path, timer)
     progress("prune", len(run.blocks), len(run.blocks))
 
 
@@ -98,7 +100,7 @@ def _prune_block(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> No
     with timer("collect"):
         statistics = _collect(run, block, module)
     with timer("prune"):
-        packed = _prune_weights(run, block, module, statistics)
+        packed = _prune_weights(run, block, module, originals, statistics)
     with timer("write"):
         kept_whole = {name: tensor for name, tensor in originals.items() if name not in packed}
         write_block_shard(path, packed, kept_whole)
@@ -138,7 +140,11 @@ def _collect(run: BlockRun, block: Block, module: nn.Module) -> Mapping[str, Inp
 
 
 def _prune_weights(
-    run: BlockRun, block: Block, module: nn.Module, statistics: Mapping[str, InputStatistics]
+    run: BlockRun,
+    block: Block,
+    module: nn.Module,
+    originals: Mapping[str, Tensor],
+    statistics: Mapping[str, InputStatistics],
 ) -> dict[str, PackedWeight]:
     """Prune the weights of the block in place, side by side in threads, and return them packed."""
     method = METHODS.get(run.recipe.method)
@@ -146,33 +152,39 @@ def _prune_weights(
     def prune(linear: str) -> tuple[str, PackedWeight]:
         name = block.weight_name(linear)
         weight = module.get_parameter(f"{linear}.weight")
-        return name, _prune_weight(run, method, name, weight, statistics.get(linear))
+        return name, _prune_weight(run, method, name, originals[name], weight, statistics.get(linear))
 
     with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
         return dict(pool.map(prune, block.prunable))
 
 
-def _prune_weight(
-    run: BlockRun, method: Method, name: str, weight: Tensor, statistics: InputStatistics | None
+def _prune_weight(  # noqa: PLR0917
+    run: BlockRun,
+    method: Method,
+    name: str,
+    original: Tensor,
+    parameter: Tensor,
+    statistics: InputStatistics | None,
 ) -> PackedWeight:
+    """Prune a weight in its own precision, and put the result in the place of the block's parameter."""
     # crc32 is a stable way to give each weight its own random numbers; nothing depends on it being strong.
     target = Target(run.sparsity[name], run.recipe.granularity, run.recipe.seed ^ zlib.crc32(name.encode()))
     with torch.inference_mode():
-        pruned = method.function(weight.detach(), statistics, target)
+        pruned = method.function(original.to(run.device), statistics, target)
         packed = pack(pruned.weight, pruned.mask)
-        weight.data.copy_(zero_removed(pruned.weight, pruned.mask))
+        parameter.data.copy_(zero_removed(pruned.weight, pruned.mask))
     return packed
 
 
 def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
-    """Run a block from its finished shard, so that the next one sees the inputs it would have seen."""
-    if run.activations is None:
-        raise AssertionError("a method without statistics has nothing to restore")
+    """Check a finished shard and run its block, so that the next one sees the inputs it would have seen."""
     module = run.model.get_submodule(block.name)
     with timer("restore"):
+        shapes = {block.weight_name(n): tuple(module.get_parameter(f"{n}.weight").shape) for n in block.prunable}
+        tensors = read_shard(path, shapes)
+        if run.activations is None:
+            return
         if run.recipe.propagate:
-            shapes = {block.weight_name(n): tuple(module.get_submodule(n).weight.shape) for n in block.prunable}
-            tensors = read_shard(path, shapes)
             dtype = tensors[block.weight_name(block.prunable[0])].dtype
             prefix = len(block.name) + 1
             set_parameters(module, {name[prefix:]: t.to(run.device, dtype) for name, t in tensors.items()})

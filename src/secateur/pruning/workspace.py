@@ -1,6 +1,7 @@
 """The folder `OUT.partial/` in which a derivation works until it is renamed to OUT.
 
-An error removes it; a kill, an interrupt or a full disk leaves it, and `--resume` goes on from its finished shards.
+An error in a first run removes it. A kill, an interrupt, a full disk, or an error in a resumed run leaves it, and
+`--resume` goes on from its finished shards.
 """
 
 import errno
@@ -16,8 +17,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from secateur.checkpoint.format import ACTIVATIONS, LOCK, MANIFEST, STATE, dump_json, read_json
-from secateur.errors import CheckpointError, ConfigError, OutputError, ResourceError
-from secateur.files import atomic_write_bytes
+from secateur.errors import CheckpointError, ConfigError, OutputError
+from secateur.files import atomic_write_bytes, make_parents, remove_empty
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class Workspace:
     def clean(self) -> None:
         """Remove what an interrupted run left behind beside its state and finished shards."""
         for path in self.folder.iterdir():
-            if path.name not in (STATE, LOCK) and not path.name.endswith(".safetensors"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (STATE, LOCK) and not path.name.endswith(".safetensors"):
                 path.unlink()
 
     def publish(self) -> None:
@@ -93,11 +96,12 @@ def open_workspace(output: Path, *, resume: bool) -> Iterator[Workspace]:
         folder cannot be written, or the disk is full.
     """
     check_output(output, resume=resume)
-    folder = _partial(output)
+    folder = partial_folder(output)
     resumed = (folder / STATE).is_file()
     lock = FileLock(folder / LOCK, blocking=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        created = make_parents(folder)
+        folder.mkdir(exist_ok=True)
         lock.acquire()
     except Timeout:
         raise OutputError(f"another process derives into {str(folder)!r}: wait for it or name another output") from None
@@ -112,10 +116,10 @@ def open_workspace(output: Path, *, resume: bool) -> Iterator[Workspace]:
             raise OutputError(
                 f"the disk is full; finished blocks are in {str(folder)!r}: make room and run again with --resume"
             ) from None
-        # Asking to resume in a wrong way must not cost the shards that are there, nor a folder in the way the result.
-        whole = (folder / MANIFEST).is_file()
-        if not whole and not (resumed and isinstance(error, ConfigError | ResourceError)):
+        # What an earlier run has finished outlives any error, and so does a result that only could not be moved.
+        if not resumed and not (folder / MANIFEST).is_file():
             shutil.rmtree(folder, ignore_errors=True)
+            remove_empty(created)
         raise
     finally:
         lock.release()
@@ -130,26 +134,27 @@ def check_output(output: Path, *, resume: bool = False) -> None:
     """Raise `OutputError` when `output` exists, or an interrupted run of it that is not to be resumed."""
     if os.path.lexists(output):
         raise OutputError(f"output {str(output)!r} exists: name another one or delete it")
-    if not resume and os.path.lexists(_partial(output)):
+    if not resume and os.path.lexists(partial_folder(output)):
         raise OutputError(
-            f"{str(_partial(output))!r} holds an interrupted derivation: add --resume to go on with it, "
+            f"{str(partial_folder(output))!r} holds an interrupted derivation: add --resume to go on with it, "
             "or delete it to start afresh"
         )
-    if resume and _partial(output).is_dir():
-        names = {path.name for path in _partial(output).iterdir()}
+    if resume and partial_folder(output).is_dir():
+        names = {path.name for path in partial_folder(output).iterdir()}
         # A run that was killed at once leaves its lock and perhaps a half-written state.
         if STATE not in names and any(not name.startswith((LOCK, STATE)) for name in names):
-            raise OutputError(f"{str(_partial(output))!r} is no interrupted derivation: name another output or move it")
+            raise OutputError(
+                f"{str(partial_folder(output))!r} is no interrupted derivation: name another output or move it"
+            )
 
 
-def _partial(output: Path) -> Path:
+def partial_folder(output: Path) -> Path:
+    """Return the folder in which `output` is worked on."""
     return output.with_name(f"{output.name}.partial")
 
 
-def finished_as_planned(output: Path, plan: dict[str, Any]) -> bool:
-    """Tell whether `output` is a finished sub-model of this plan; raises `OutputError` when it is anything else."""
-    if not os.path.lexists(output):
-        return False
+def check_finished(output: Path, plan: dict[str, Any]) -> None:
+    """Raise `OutputError` when an existing `output` is anything but a finished sub-model of this plan."""
     try:
         manifest = read_json(output / MANIFEST)
     except CheckpointError:
@@ -158,7 +163,6 @@ def finished_as_planned(output: Path, plan: dict[str, Any]) -> bool:
         if _decisive(manifest.get(key)) != _decisive(plan[key]):
             difference = describe_difference(key, manifest.get(key), plan[key])
             raise OutputError(f"output {str(output)!r} exists, made with another {difference}: name another one")
-    return True
 
 
 def _decisive(value: Any) -> Any:

@@ -134,6 +134,8 @@ def open_model(folder: "ModelFolder", *, device: str = "cpu") -> "PreTrainedMode
             dtype="auto",
             output_loading_info=True,
             trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
             ignore_mismatched_sizes=True,  # the report names them, the error would not
         )
     except SecateurError:
