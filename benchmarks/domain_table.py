@@ -2,9 +2,10 @@
 
     python benchmarks/domain_table.py MODEL -o OUT [--data DIR] [--limit 16000] [--samples 32] [--sparsity 0.5]
 
-Derives one sub-model for each of python, java, cpp, javascript and general with the first seed, and python and
-general with the others; measures the parent and each sub-model on the same held-out windows of all five domains.
-What is finished in OUT is used again, so an interrupted run goes on. Writes OUT/table.json and prints the tables.
+Derives one sub-model for each of python, java, cpp, javascript and general with the first seed, and python and general
+(or what --reseed names) with the others; measures the parent and each sub-model on the same held-out windows of all
+five domains. What is finished in OUT is used again, so an interrupted run goes on. Writes OUT/table.json and prints
+the tables.
 
 Differences between sub-models are paired: the error is that of the difference within each document. The text that a
 sub-model is measured on is from other files than any it was calibrated on.
@@ -26,11 +27,11 @@ from secateur.models.source import resolve_model
 from secateur.pruning.derive import derive_recipe
 
 DOMAINS = ("python", "java", "cpp", "javascript", "general")
-RESEEDED = ("python", "general")
 
 
-def sub_models(seeds):
-    return [(domain, seeds[0]) for domain in DOMAINS] + [(domain, seed) for seed in seeds[1:] for domain in RESEEDED]
+def sub_models(options):
+    first, *others = options.seeds
+    return [(domain, first) for domain in DOMAINS] + [(domain, seed) for seed in others for domain in options.reseed]
 
 
 def documents_of(evaluation, model):
@@ -86,7 +87,7 @@ def perplexity(losses, domain):
     return math.exp(nats / tokens)
 
 
-def print_tables(parent, measured, first):
+def print_tables(parent, measured, first, reseeded):
     heads = [f"{domain}-{seed}" for domain, seed in measured]
     print("\nheld-out perplexity (columns: parent, then sub-models by calibration domain and seed)")
     print("".join(f"{text:>14}" for text in ["", "parent", *heads]))
@@ -103,11 +104,11 @@ def print_tables(parent, measured, first):
             cells.append(f"{math.exp(gap.value):.3f} [{math.exp(gap.low):.3f}, {math.exp(gap.high):.3f}]")
         print(f"{domain:>26}" + "".join(f"{cell:>26}" for cell in cells))
     print("\nspread over seeds: lowest and highest perplexity (rows: text, columns: calibration)")
-    print("".join(f"{text:>26}" for text in ["", *RESEEDED]))
+    print("".join(f"{text:>26}" for text in ["", *reseeded]))
     for domain in DOMAINS:
         spreads = [
             [perplexity(losses, domain) for (calibrated, _), losses in measured.items() if calibrated == column]
-            for column in RESEEDED
+            for column in reseeded
         ]
         print(f"{domain:>26}" + "".join(f"{f'{min(one):.3f} - {max(one):.3f}':>26}" for one in spreads))
 
@@ -122,11 +123,12 @@ def main():
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--method", default="wanda")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--reseed", nargs="+", default=["python", "general"], help="domains that get every seed")
     parser.add_argument("--keep", action="store_true", help="keep the sub-models")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     parent = measure(options, resolve_model(options.model).path, options.output / "parent.losses.json")
-    measured = {one: derive_and_measure(options, *one) for one in sub_models(options.seeds)}
+    measured = {one: derive_and_measure(options, *one) for one in sub_models(options)}
     first = options.seeds[0]
     table = {
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "torch": torch.__version__},
@@ -138,7 +140,7 @@ def main():
         },
     }
     (options.output / "table.json").write_text(json.dumps(table, indent=2) + "\n")
-    print_tables(parent, measured, first)
+    print_tables(parent, measured, first, options.reseed)
 
 
 if __name__ == "__main__":
