@@ -46,26 +46,30 @@ def seconds_of_two_passes(model, token_ids):
     return time.perf_counter() - started
 
 
+MEMORY_SCRIPT = """
+import json, pathlib, sys, tempfile
+import psutil, secateur, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from secateur.files import peak_memory
+from secateur.models.source import load_tokenizer, resolve_model
+from secateur.pruning.derive import derive
+imports = psutil.Process().memory_info().rss
+folder = resolve_model(sys.argv[1])
+calibration = secateur.calibrate("python", load_tokenizer(folder), samples=int(sys.argv[2]), sequence_length=512)
+with tempfile.TemporaryDirectory() as scratch:
+    derive(folder, calibration, output=pathlib.Path(scratch) / "sub")
+print(json.dumps(peak_memory() - imports))
+"""
+
+
 def memory_of_derive(name, samples):
-    """Peak memory of a derivation above what its imports take, in a fresh process."""
-    script = (
-        "import json, sys, tempfile, pathlib, secateur\n"
-        "from secateur.models.source import load_tokenizer, resolve_model\n"
-        "folder = resolve_model(sys.argv[1])\n"
-        "cal = secateur.calibrate('python', load_tokenizer(folder), samples=int(sys.argv[2]), sequence_length=512)\n"
-        "out = tempfile.mkdtemp()\n"
-        "print(json.dumps(secateur.derive(folder, cal, output=pathlib.Path(out) / 'sub').log))\n"
-        "import shutil; shutil.rmtree(out)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, name, str(samples)], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    """Peak memory of a fresh process above what it had after its imports: tokenizer and corpus count as well."""
+    command = [sys.executable, "-c", MEMORY_SCRIPT, name, str(samples)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
-def measure(name, samples, rounds):
+def measure(name, samples, rounds, memory):
     folder = resolve_model(name)
-    log = memory_of_derive(name, samples)
     calibration = calibration_set(folder, samples)
     model = AutoModelForCausalLM.from_pretrained(folder.path, dtype="auto").eval()
     token_ids = torch.from_numpy(calibration.token_ids)
@@ -84,7 +88,7 @@ def measure(name, samples, rounds):
         "tokens": list(token_ids.shape),
         "median_ratio": statistics.median(row["ratio"] for row in rows),
         "rounds": rows,
-        "peak_memory_above_imports": log["peak_memory_above_start_bytes"],
+        "peak_memory_above_imports": memory,
         "allowed_memory": 2 * parameters + activations,
     }
 
@@ -95,7 +99,8 @@ def main():
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    results = [measure(name, options.samples, options.rounds) for name in options.models]
+    memory = {name: memory_of_derive(name, options.samples) for name in options.models}
+    results = [measure(name, options.samples, options.rounds, memory[name]) for name in options.models]
     machine = {"platform": platform.platform(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(json.dumps({"machine": machine, "results": results}, indent=2))
     for result in results:
