@@ -1,6 +1,7 @@
 """Both orders of import, each in a process of its own, and what happens without secateur."""
 
 import hashlib
+import os
 import subprocess
 import sys
 
@@ -48,10 +49,12 @@ ORDERS = {
 @pytest.fixture(scope="module")
 def opened(submodel):
     """(exit code, standard output, standard error) by order of imports; the processes run side by side."""
+    # The command line quiets transformers through its environment; a user's own process has no such setting.
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
     started = {
         order: subprocess.Popen(
             [sys.executable, "-c", HASH + imports + OPEN, str(submodel)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )
         for order, imports in ORDERS.items()
     }  # fmt: skip
