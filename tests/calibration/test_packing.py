@@ -42,13 +42,13 @@ def test_golden_sample(data: Path) -> None:
     assert (calibration.samples, calibration.sequence_length) == (8, 64)
     assert calibration.token_ids.dtype == np.dtype("int64")
     assert text_of(calibration.token_ids[:2]) == (
-        "ython train4: line 3 of 30\n"
-        "</s>python train7: line 12 of 30\n"
-        "python python train19: line 14 of 30\n"
+        "python train7: line 12 of 30\n"
+        "python train7: line 13 of 30\n"
+        "</s>thon python train19: line 14 of 30\n"
         "python train19: line 15 of 30\n"
         "</s>pyt"
     )
-    assert calibration.sha256 == "c142edb780fce3d0908cf67d780d032958c36009fb629abf50e3e2487c15cd94"
+    assert calibration.sha256 == "ae12005493f7cf787007fb2e6d724ba686d3ec93867d555e5fe0fec90a58729c"
     assert calibration.mixture == (("python", 1.0),)
     assert calibration.provenance[0].source == "data folder"
 
@@ -90,17 +90,37 @@ def test_mixture_is_exact_by_tokens_and_the_order_does_not_matter(tmp_path: Path
     )
 
 
-def test_stream_lengths_are_exact(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_each_domain_are_exact(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {}
 
-    def stream(corpus: Any, tokenizer: Any, *, count: int, **_: Any) -> list[int]:
+    def pack(corpus: Any, tokenizer: Any, *, count: int, width: int, **_: Any) -> tuple[list[list[int]], list[int]]:
         wanted[corpus.domain] = count
-        return [5 if corpus.domain == "python" else 6] * count
+        token = 5 if corpus.domain == "python" else 6
+        return [[token] * width for _ in range(count // width)], [token] * (count % width)
 
-    monkeypatch.setattr("secateur.calibration.packing._stream", stream)
+    monkeypatch.setattr("secateur.calibration.packing._pack", pack)
     calibration = build(data, ("python", 0.8), ("java", 0.2), samples=7, sequence_length=11)
     assert wanted == {"python": 62, "java": 15}
     assert np.unique(calibration.token_ids, return_counts=True)[1].tolist() == [62, 15]
+    assert calibration.token_ids.shape == (7, 11)
+
+
+def test_every_sequence_begins_with_a_line(data: Path) -> None:
+    rows = build(data, ("python", 1), ("java", 1), samples=40).token_ids
+    starts = {text_of(row[:6]) for row in rows}
+    assert starts == {"python", "java t"}
+
+
+def test_what_a_sequence_has_no_room_for_goes_on_in_a_later_one(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    write_folder(folder, [f"{number:02}.py" for number in range(60)])
+    for file in folder.iterdir():
+        file.write_text("".join(f"{file.stem} {line:02} .\n" for line in range(30)))  # 240 tokens: 2.5 in a sequence
+    calibration = build(tmp_path, (str(folder), 1.0), samples=12, sequence_length=600)
+    text = "".join(text_of(row) for row in calibration.token_ids)
+    lines = [f"{number:02} {line:02} .\n" for number in range(60) for line in range(30)]
+    assert sum(line in text for line in lines) > 870  # 7,200 tokens are 896 lines with END; 12 rests lost would be 700
+    assert all(text.count(line) <= 1 for line in lines)
 
 
 def test_what_a_domain_gives_does_not_depend_on_the_others(data: Path) -> None:

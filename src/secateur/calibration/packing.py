@@ -69,8 +69,11 @@ def build_calibration_set(
     Returns
     -------
     CalibrationSet
-        The domains' streams, packed one after the other, with the sequences in a seeded order, so that a set's first
-        rows are a sample of all. All tokens but BOS are shared out exactly by weight (largest remainder).
+        Sequences in a seeded order, so that a set's first rows are a sample of all. Each begins at the beginning of a
+        line (but for those that domains share, and the last of a corpus that is used up), as the texts do that a model
+        is given: what a model does with the first token of a context it does with no other (the attention sink of
+        arXiv 2309.17453), and weights that only this needs are seen only there. All tokens but BOS are shared out
+        exactly by weight (largest remainder).
 
     Raises
     ------
@@ -89,17 +92,20 @@ def build_calibration_set(
     shares = sorted(((domain_key(domain), weight, domain) for domain, weight in mixture), key=lambda share: share[::2])
     wanted = apportion(samples * width, [(key, weight) for key, weight, _ in shares])
     corpora = {domain: load_corpus(domain, TRAIN, data) for domain, _ in mixture}
-    stream: list[int] = []
+    rows: list[list[int]] = []
+    remainders: list[int] = []
     for (key, weight, domain), count in zip(shares, wanted, strict=True):
         if count == 0:
             raise ConfigError(
                 f"the weight {weight:.3g} of domain {domain!r} gives none of {samples * width} tokens: raise it"
             )
-        stream += _stream(corpora[domain], tokenizer, count=count, limit=width, seed=seed, key=key)
-    rows = np.array(stream, dtype=np.int64).reshape(samples, width)
+        whole, remainder = _pack(corpora[domain], tokenizer, count=count, width=width, seed=seed, key=key)
+        rows += whole
+        remainders += remainder
+    rows += [remainders[start : start + width] for start in range(0, len(remainders), width)]
     draws = random_numbers(seed, "order of the sequences", samples)
-    rows = rows[sorted(range(samples), key=draws.__getitem__)]
-    token_ids = np.hstack([np.full((samples, len(begin)), begin or 0, dtype=np.int64), rows])
+    order = sorted(range(samples), key=draws.__getitem__)
+    token_ids = np.array([[*begin, *rows[index]] for index in order], dtype=np.int64)
     provenance = tuple(entry for domain, _ in mixture for entry in corpora[domain].provenance)
     return CalibrationSet(token_ids, seed, mixture, provenance, token_ids_hash(token_ids))
 
@@ -110,16 +116,34 @@ def token_ids_hash(token_ids: NDArray[np.int64]) -> str:
     return hashlib.sha256(f"{rows}x{columns}\n".encode() + token_ids.astype("<i8").tobytes()).hexdigest()
 
 
-def _stream(corpus: Corpus, tokenizer: Tokenizer, *, count: int, limit: int, seed: int, key: str) -> list[int]:
-    """Return exactly `count` tokens of a corpus, spans joined with EOS."""
+def _pack(
+    corpus: Corpus, tokenizer: Tokenizer, *, count: int, width: int, seed: int, key: str
+) -> tuple[list[list[int]], list[int]]:
+    """Return `count` tokens of a corpus as whole rows and a remainder, spans joined with EOS.
+
+    A row begins with a new span. What does not fit at its end goes on inside the next row, so that no text is lost.
+    """
     end = tokenizer.eos_token_id
     joint = [end] if end is not None else list(tokenizer("\n", add_special_tokens=False).input_ids)
-    stream: list[int] = []
-    for span in read_spans(corpus.documents, tokenizer, limit=limit, seed=seed, key=key):
-        stream += [*span.token_ids, *joint]
-        if len(stream) >= count:
-            return stream[:count]
-    raise CorpusError(
-        f"the corpus of domain {corpus.domain!r} ({corpus.provenance[0].source}) has {len(stream)} tokens and"
-        f" {count} are wanted: take fewer samples, shorter sequences, or more text"
-    )
+    spans = (span.token_ids for span in read_spans(corpus.documents, tokenizer, limit=width, seed=seed, key=key))
+    rest: list[int] = []
+    rows: list[list[int]] = []
+    for start in range(0, count, width):
+        room = min(width, count - start)
+        row: list[int] = []
+        while len(row) < room:
+            piece = None if rest and row else next(spans, None)
+            if piece is None:
+                piece, rest = rest, []
+            if not piece:
+                raise CorpusError(
+                    f"the corpus of domain {corpus.domain!r} ({corpus.provenance[0].source}) has {start + len(row)} "
+                    f"tokens and {count} are wanted: take fewer samples, shorter sequences, or more text"
+                )
+            fits, over = piece[: room - len(row)], piece[room - len(row) :]
+            row += fits
+            row += joint[: room - len(row)]
+            rest = over + rest
+        rows.append(row)
+    remainder = rows.pop() if count % width else []
+    return rows, remainder
