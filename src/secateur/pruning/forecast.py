@@ -119,9 +119,10 @@ def make_forecast(
             "close other programs or use a larger machine"
         )
     if forecast.disk > free_disk:
+        fewer = ", or use fewer --samples (activations go to disk here)" if map_activations else ""
         raise ResourceError(
             f"the derivation may need {_size(forecast.disk)} of disk and {_size(free_disk)} are free at "
-            f"{str(output.parent)!r}: make room, name another output, or use fewer --samples"
+            f"{str(output.parent)!r}: make room or name another output{fewer}"
         )
     return forecast
 
