@@ -59,6 +59,7 @@ def test_a_recipe_is_frozen():
         ("sparsity", "x"), ("sparsity", [0.5]), ("samples", 0), ("samples", -1), ("samples", 1.5), ("samples", "many"),
         ("sequence_length", 1), ("sequence_length", 0), ("seed", -1), ("seed", 2**32), ("granularity", "per_row"),
         ("method", 3), ("method", ["wanda"]), ("propagate", "perhaps"), ("for", []), ("for", 3), ("for", [[1]]),
+        ("values", "int2"), ("values", "bf16"), ("values", 8), ("group_size", 64),
         ("model", 7), ("sparsity", "0.5"), ("samples", True), ("seed", 3.0), ("propagate", "no"),
     ],
 )  # fmt: skip
@@ -70,6 +71,34 @@ def test_a_value_that_cannot_be_used_is_named_in_one_line(option, value):
     assert "cannot be" in message
     assert "\n" not in message
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("values", "group_size", "wanted"),
+    [("base", None, None), ("int8", None, 128), ("int4", None, 64), ("int8", 32, 32), ("int4", 128, 128)],
+)
+def test_a_recipe_says_the_group_size_that_its_values_have(recipe_file, values, group_size, wanted):
+    recipe = make_recipe({"for": "python", "values": values, "group_size": group_size})
+    assert (recipe.to_dict()["values"], recipe.to_dict()["group_size"]) == (values, wanted)
+    import yaml
+
+    assert make_recipe({}, recipe_file(yaml.safe_dump(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize("group_size", [0, 16, 65, 256, -64, "64", True, [64], 64.5])
+def test_group_sizes_that_no_kernel_knows(group_size):
+    with pytest.raises(ConfigError, match=r"option 'group_size' cannot be .*: input should be 32, 64 or 128"):
+        make_recipe({"for": "python", "values": "int4", "group_size": group_size})
+
+
+def test_groups_without_scales(recipe_file):
+    with pytest.raises(ConfigError, match="'group_size' cannot be 64: only int8 and int4 values have groups; leave it"):
+        make_recipe({"for": "python", "group_size": 64})
+    file = recipe_file("for: python\nvalues: int4\ngroup_size: 32\n")
+    assert make_recipe({}, file).group_size == 32
+    assert make_recipe({"values": "int8"}, file).group_size == 32
+    with pytest.raises(ConfigError, match=r"'group_size' in recipe .* cannot be 32: only int8 and int4"):
+        make_recipe({"values": "base"}, file)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 0.5, 0.999])

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from secateur.errors import ConfigError
 
 Granularity = Literal["per_output", "per_layer"]
+Values = Literal["base", "int8", "int4"]
+GroupSize = Literal[32, 64, 128]
+DEFAULT_GROUP_SIZES: dict[str, GroupSize] = {"int8": 128, "int4": 64}
 
 
 class Recipe(BaseModel):
@@ -37,6 +40,10 @@ class Recipe(BaseModel):
         Decides which text is sampled, and the scores of the method `random`.
     propagate
         Whether a block is calibrated on the outputs of the pruned blocks before it (True) or of the dense ones.
+    values
+        Precision of the weights that are kept: `base` (the base model's own, exact), `int8` or `int4`.
+    group_size
+        Input positions that share a scale, for `int8` (128 when None) and `int4` (64); None with `base`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, strict=True)
@@ -51,6 +58,16 @@ class Recipe(BaseModel):
     sequence_length: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     propagate: bool = True
+    values: Values = "base"
+    group_size: Annotated[GroupSize | None, Field(validate_default=True)] = None
+
+    @field_validator("group_size", mode="after")
+    @classmethod
+    def _group_size_of_values(cls, value: GroupSize | None, info: ValidationInfo) -> GroupSize | None:
+        """Fill in the default, so that a saved recipe says what was done; refuse groups where nothing has a scale."""
+        if value is not None and info.data.get("values") == "base":
+            raise ValueError("only int8 and int4 values have groups; leave it out")
+        return DEFAULT_GROUP_SIZES.get(info.data.get("values", "")) if value is None else value
 
     @field_validator("domains", mode="before")
     @classmethod
@@ -108,4 +125,8 @@ def _first_problem(error: ValidationError, file: Path | None) -> str:
     if problem["type"] == "missing":
         return f"option {key!r} is missing{where}: say what the sub-model is for, such as python"
     received = json.dumps(problem["input"], default=str)
-    return f"option {key!r}{where} cannot be {received}: {problem['msg'].lower().replace('tuple', 'list')}"
+    return f"option {key!r}{where} cannot be {received}: {_plain(problem['msg'])}"
+
+
+def _plain(message: str) -> str:
+    return message.removeprefix("Value error, ").lower().replace("tuple", "list")

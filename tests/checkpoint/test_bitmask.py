@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from secateur.checkpoint.bitmask import PackedWeight, check, pack, unpack
+from secateur.checkpoint.format import FLOATS, Stored, StoredWeights
 from secateur.checkpoint.shards import read_shard, write_block_shard
 from secateur.errors import CheckpointError
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def floats(shapes):
+    return Stored(StoredWeights(FLOATS, shapes))
 
 
 def same_bits(left, right):
@@ -81,7 +86,7 @@ def test_a_file_made_by_hand_is_read(tmp_path, dtype):
     path.write_bytes(struct.pack("<Q", len(header)) + header + bitmask + values + offsets)
     wanted = torch.zeros(2, 66, dtype=dtype)
     wanted[0, 0], wanted[0, 9], wanted[0, 65], wanted[1, 63], wanted[1, 64] = numbers
-    assert same_bits(read_shard(path, {NAME: (2, 66)})[NAME], wanted)
+    assert same_bits(read_shard(path, floats({NAME: (2, 66)}))[NAME], wanted)
 
     # The other way round: packing gives exactly these bytes.
     mask = torch.zeros(2, 66, dtype=torch.bool)
@@ -187,10 +192,10 @@ def test_a_shard_that_lacks_a_part_or_names_an_unknown_weight(tmp_path):
         del tensors[f"{NAME}.{part}"]
         save_file(tensors, tmp_path / "lacking.safetensors")
         with pytest.raises(CheckpointError, match=f"lacks '{NAME}.{part}'"):
-            read_shard(tmp_path / "lacking.safetensors", {NAME: (6, 65)})
+            read_shard(tmp_path / "lacking.safetensors", floats({NAME: (6, 65)}))
     save_file(packed.tensors(NAME), tmp_path / "whole.safetensors")
     with pytest.raises(CheckpointError, match=NAME):
-        read_shard(tmp_path / "whole.safetensors", {})
+        read_shard(tmp_path / "whole.safetensors", floats({}))
 
 
 def test_no_rows():

@@ -3,7 +3,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from secateur.errors import ModelError
-from secateur.models.structure import find_blocks
+from secateur.models.structure import embedding_weights, find_blocks
 from tests.tiny import FAMILIES, tiny_model
 
 LINEARS = (
@@ -25,6 +25,14 @@ def test_finds_the_blocks_and_their_linears(family):
             )
             for linear in LINEARS
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finds_embedding_and_head_tied_or_not(family):
+    model = tiny_model(family)
+    assert embedding_weights(model) == ("model.embed_tokens.weight", "lm_head.weight")
+    tied = model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
+    assert tied is model.config.tie_word_embeddings
 
 
 def test_one_block_is_a_list_too():

@@ -41,8 +41,14 @@ REFUSED = {
 }
 
 
-def reference_masks(model, token_ids, *, propagate, granularity, sparsity=SPARSITY, blocks="model.layers"):
-    """Prune `model` in place, block after block, and return the masks by weight name."""
+def reference_masks(
+    model, token_ids, *, propagate, granularity, sparsity=SPARSITY, blocks="model.layers", written=None
+):
+    """Prune `model` in place, block after block, and return the masks by weight name.
+
+    written: called with the name of a pruned weight, its mask and the sums of squares of its inputs; returns what is in
+    its place from then on.
+    """
     masks = {}
     sums = {}
 
@@ -70,6 +76,8 @@ def reference_masks(model, token_ids, *, propagate, granularity, sparsity=SPARSI
             mask = stable_sort_mask(score, sparsity, granularity)
             masks[f"{name}.weight"] = mask
             weight.data[~mask] = 0
+            if written is not None:
+                weight.data.copy_(written(f"{name}.weight", mask, sums[name].float()))
     return masks
 
 

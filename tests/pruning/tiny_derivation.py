@@ -9,8 +9,8 @@ from safetensors import safe_open
 
 from secateur.calibration.documents import Provenance
 from secateur.calibration.packing import CalibrationSet, token_ids_hash
-from secateur.checkpoint.bitmask import SUFFIXES, PackedWeight, unpack
-from secateur.checkpoint.format import LOG, read_json
+from secateur.checkpoint.bitmask import PackedWeight, stored_suffixes, unpack
+from secateur.checkpoint.format import LOG, check_quantization_config, read_json
 from secateur.models.source import ModelFolder
 from secateur.pruning.derive import SubModel, derive
 
@@ -30,16 +30,17 @@ def derive_tiny(base: Path, output: Path, **options: object) -> SubModel:
 
 def masks_and_weights(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return (mask, weight) [out_features, in_features] of every pruned weight, from the shards."""
-    shapes = read_json(folder / "config.json")["quantization_config"]["shapes"]
+    stored = check_quantization_config(read_json(folder / "config.json")["quantization_config"]).pruned
+    suffixes = stored_suffixes(stored.encoding)
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = {key.rpartition(".")[0] for key in file.keys() if key.endswith(".bitmask")}  # noqa: SIM118
             for name in names:
-                packed = PackedWeight(*(file.get_tensor(f"{name}.{suffix}") for suffix in SUFFIXES))
-                weight, mask = unpack(packed, tuple(shapes[name]), name)
+                packed = PackedWeight(*(file.get_tensor(f"{name}.{suffix}") for suffix in suffixes))
+                weight, mask = unpack(packed, stored.shapes[name], name, stored.encoding)
                 found[name] = (mask, weight)
-    assert found.keys() == shapes.keys()
+    assert found.keys() == stored.shapes.keys()
     return found
 
 

@@ -1,7 +1,7 @@
 """The bitmask codec, layout `rows`: a pruned weight as one bit for each position and the kept values in row order.
 
-The bitmask is the mask: a kept weight may be zero, a removed one has no value. See docs/checkpoint-format.md. This is
-the slow, obvious reference of the format.
+The bitmask is the mask: a kept weight may be zero, a removed one has no value. Values are floats, or integers with
+scales. See docs/checkpoint-format.md. This is the slow, obvious reference of the format.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.errors import CheckpointError
+from secateur.checkpoint.format import FLOATS, Encoding
+from secateur.checkpoint.integers import check_scales, damaged, from_bytes, row_bytes, to_bytes, unpack_codes
+from secateur.checkpoint.quantise import Quantised
 from secateur.models.finite import all_finite
 
 WORD_BITS = 64
 ALIGNMENT = 64
-SUFFIXES = ("bitmask", "values", "row_offsets")
+SUFFIXES = ("bitmask", "values", "row_offsets", "scales")
 VALUE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -28,19 +30,29 @@ class PackedWeight:
     bitmask
         uint8 [out_features, ceil(in_features / 64) * 8]; bit i of a row, least significant first = weight i is kept.
     values
-        bfloat16, float16 or float32, one-dimensional: the kept weights in row order, then zeros up to a whole number
-        of 64 bytes.
+        One-dimensional: the kept weights in row order, then zeros up to a whole number of 64 bytes. bfloat16, float16
+        or float32; or uint8, where int8 is its code + 128 and int4 its code + 8, two in a byte, low nibble first, each
+        row beginning on a byte.
     row_offsets
-        int64 [out_features + 1]; where each row starts in `values`, in elements.
+        int64 [out_features + 1]; where each row starts in `values`, in elements (bytes for integers).
+    scales
+        None for floats; bfloat16 [out_features, ceil(in_features / group_size)].
     """
 
     bitmask: Tensor
     values: Tensor
     row_offsets: Tensor
+    scales: Tensor | None = None
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors under the names they have in a file."""
-        return {f"{name}.{suffix}": getattr(self, suffix) for suffix in SUFFIXES}
+        suffixes = stored_suffixes(FLOATS) if self.scales is None else SUFFIXES
+        return {f"{name}.{suffix}": getattr(self, suffix) for suffix in suffixes}
+
+
+def stored_suffixes(encoding: Encoding) -> tuple[str, ...]:
+    """Return the suffixes of the tensors that a pruned weight has."""
+    return SUFFIXES if encoding.bits else SUFFIXES[:-1]
 
 
 def bitmask_width(in_features: int) -> int:
@@ -49,7 +61,7 @@ def bitmask_width(in_features: int) -> int:
 
 
 def pack(weight: Tensor, mask: Tensor) -> PackedWeight:
-    """Pack the kept entries of a weight.
+    """Pack the kept entries of a weight as they are.
 
     Parameters
     ----------
@@ -59,40 +71,71 @@ def pack(weight: Tensor, mask: Tensor) -> PackedWeight:
         bool, same shape, True = kept.
     """
     kept = mask.cpu().contiguous().numpy()
-    out_features, in_features = kept.shape
-    bitmask = np.zeros((out_features, bitmask_width(in_features)), dtype=np.uint8)
-    bits = np.packbits(kept, axis=1, bitorder="little")
-    bitmask[:, : bits.shape[1]] = bits
-    offsets = np.zeros(out_features + 1, dtype=np.int64)
-    np.cumsum(np.count_nonzero(kept, axis=1), out=offsets[1:])
-    whole = ALIGNMENT // weight.element_size()
-    values = torch.zeros(-(-int(offsets[-1]) // whole) * whole, dtype=weight.dtype)
+    offsets = _offsets(np.count_nonzero(kept, axis=1))
+    values = torch.zeros(_padded(int(offsets[-1]), weight.element_size()), dtype=weight.dtype)
     positions = torch.from_numpy(np.flatnonzero(kept))
     torch.index_select(weight.cpu().contiguous().view(-1), 0, positions, out=values[: int(offsets[-1])])
-    return PackedWeight(torch.from_numpy(bitmask), values, torch.from_numpy(offsets))
+    return PackedWeight(_bitmask(kept), values, torch.from_numpy(offsets))
 
 
-def unpack(packed: PackedWeight, shape: tuple[int, int], name: str = "weight") -> tuple[Tensor, Tensor]:
+def pack_integers(quantised: Quantised, mask: Tensor, bits: int) -> PackedWeight:
+    """Pack the kept codes of a quantised weight; mask as for `pack`."""
+    kept = mask.cpu().contiguous().numpy()
+    counts = np.count_nonzero(kept, axis=1)
+    offsets = _offsets(row_bytes(counts, bits))
+    values = torch.zeros(_padded(int(offsets[-1]), 1), dtype=torch.uint8)
+    values.numpy()[: int(offsets[-1])] = to_bytes(quantised.codes.numpy()[kept], counts, bits)
+    return PackedWeight(_bitmask(kept), values, torch.from_numpy(offsets), quantised.scales)
+
+
+def _bitmask(kept: np.ndarray) -> Tensor:
+    bitmask = np.zeros((kept.shape[0], bitmask_width(kept.shape[1])), dtype=np.uint8)
+    bits = np.packbits(kept, axis=1, bitorder="little")
+    bitmask[:, : bits.shape[1]] = bits
+    return torch.from_numpy(bitmask)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _padded(n_values: int, itemsize: int) -> int:
+    whole = ALIGNMENT // itemsize
+    return -(-n_values // whole) * whole
+
+
+def unpack(
+    packed: PackedWeight,
+    shape: tuple[int, int],
+    name: str = "weight",
+    encoding: Encoding = FLOATS,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
     """Return (weight with zeros where nothing was kept, mask), both [out_features, in_features].
+
+    Floats keep their own precision; `dtype` is that of a weight stored as integers. Their products are exact in
+    float32, and rounded once in another.
 
     Raises
     ------
     CheckpointError
-        When the parts contradict each other or the shape.
+        When the parts contradict each other, the shape or the encoding.
     """
-    check(packed, shape, name)
-    mask = torch.from_numpy(_bits(packed.bitmask, shape[1]))
+    check(packed, shape, name, encoding)
+    mask = np.unpackbits(packed.bitmask.numpy(), axis=1, count=shape[1], bitorder="little").view(np.bool_)
+    if encoding.bits and packed.scales is not None:
+        stored = packed.values.numpy()[: int(packed.row_offsets[-1])]
+        codes = from_bytes(stored, np.count_nonzero(mask, axis=1), encoding.bits, name)
+        return unpack_codes(codes, mask, packed.scales, encoding, dtype), torch.from_numpy(mask)
     weight = torch.zeros(shape, dtype=packed.values.dtype)
     n_kept = int(packed.row_offsets[-1])
-    weight.view(-1)[torch.from_numpy(np.flatnonzero(mask.numpy()))] = packed.values[:n_kept]
-    return weight, mask
+    weight.view(-1)[torch.from_numpy(np.flatnonzero(mask))] = packed.values[:n_kept]
+    return weight, torch.from_numpy(mask)
 
 
-def _bits(bitmask: Tensor, in_features: int) -> np.ndarray:
-    return np.unpackbits(bitmask.numpy(), axis=1, count=in_features, bitorder="little").view(np.bool_)
-
-
-def check(packed: PackedWeight, shape: tuple[int, int], name: str) -> None:
+def check(packed: PackedWeight, shape: tuple[int, int], name: str, encoding: Encoding = FLOATS) -> None:
     """Check that the parts of a packed weight agree; raises `CheckpointError` with what does not."""
     out_features, in_features = shape
     bitmask, values, offsets = packed.bitmask, packed.values, packed.row_offsets
@@ -103,21 +146,23 @@ def check(packed: PackedWeight, shape: tuple[int, int], name: str) -> None:
     for suffix, (dtype, wanted) in expected.items():
         tensor = getattr(packed, suffix)
         if tensor.dtype != dtype or tuple(tensor.shape) != wanted:
-            raise _damaged(name, f"{suffix} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(wanted)}")
-    if values.dtype not in VALUE_TYPES or values.dim() != 1:
-        raise _damaged(name, f"values are {values.dtype} {list(values.shape)}, expected a vector of floats")
+            raise damaged(name, f"{suffix} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(wanted)}")
+    integers = encoding.bits > 0
+    if values.dtype not in ((torch.uint8,) if integers else VALUE_TYPES) or values.dim() != 1:
+        said = "bytes" if integers else "floats"
+        raise damaged(name, f"values are {values.dtype} {list(values.shape)}, expected a vector of {said}")
     counts = np.bitwise_count(bitmask.numpy()).sum(axis=1, dtype=np.int64)
-    if int(offsets[0]) != 0 or not np.array_equal(np.diff(offsets.numpy()), counts):
-        raise _damaged(name, "row_offsets do not match the number of bits in the rows of the bitmask")
+    lengths = row_bytes(counts, encoding.bits) if encoding.bits else counts
+    if int(offsets[0]) != 0 or not np.array_equal(np.diff(offsets.numpy()), lengths):
+        raise damaged(name, "row_offsets do not match the number of bits in the rows of the bitmask")
     last_bits = np.unpackbits(bitmask.numpy()[:, in_features // 8 :], axis=1, bitorder="little")[:, in_features % 8 :]
     if last_bits.any():
-        raise _damaged(name, f"the bitmask marks positions beyond its {in_features} columns")
-    n_kept, whole = int(offsets[-1]), ALIGNMENT // values.element_size()
-    if values.numel() != -(-n_kept // whole) * whole:
-        raise _damaged(name, f"{values.numel()} values are stored for {n_kept} kept weights")
-    if not all_finite(values):
-        raise _damaged(name, "values hold NaN or infinity")
-
-
-def _damaged(name: str, problem: str) -> CheckpointError:
-    return CheckpointError(f"packed weight {name!r} is damaged: {problem}; derive or fetch the sub-model again")
+        raise damaged(name, f"the bitmask marks positions beyond its {in_features} columns")
+    if values.numel() != _padded(int(offsets[-1]), values.element_size()):
+        raise damaged(name, f"{values.numel()} values are stored for {int(counts.sum())} kept weights")
+    if integers:
+        check_scales(packed.scales, shape, encoding, name)
+    elif packed.scales is not None:
+        raise damaged(name, "there are scales beside floats")
+    elif not all_finite(values):
+        raise damaged(name, "values hold NaN or infinity")

@@ -25,7 +25,7 @@ or `transformers.AutoModelForCausalLM.from_pretrained("path/to/this/folder")` af
 
 A sub-model for **{domains}**, derived with Secateur after the method of
 [arXiv 2501.05248](https://arxiv.org/abs/2501.05248). Of the {size:,} weights in the
-decoder's linear layers {kept:,} are kept ({sparsity:.2%} sparsity); embeddings, head and norms are those of the parent.
+decoder's linear layers {kept:,} are kept ({sparsity:.2%} sparsity); {outside}.
 
 | | |
 |---|---|
@@ -40,12 +40,15 @@ What pruning cost is not known from this card: measure it with
 `secateur evaluate path/to/this/folder --against BASE --task perplexity:python -o results`. A sub-model is worse than
 its parent, most of all outside the domain it was derived for.
 """
+_UNTOUCHED = "embeddings, head and norms are those of the parent"
+_ROUNDED = "embedding and head are the parent's in int8, norms are those of the parent"
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
     """Return the card's Markdown; the same manifest gives the same text."""
     recipe, calibration = manifest["recipe"], manifest["calibration"]
     sources = "; ".join(f"{one['source']} {one['version']} ({one['licence']})" for one in calibration["provenance"])
+    groups = recipe.get("group_size")
     return _TEMPLATE.format(
         base=manifest["base_model"]["name"],
         quoted_base=json.dumps(manifest["base_model"]["name"]),
@@ -56,7 +59,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         method=recipe["method"],
         granularity=recipe["granularity"],
         budget=recipe["budget"],
-        values=manifest["values"],
+        values=manifest["values"] + (f", groups of {groups}" if groups else ""),
+        outside=_ROUNDED if groups else _UNTOUCHED,
         samples=recipe["samples"],
         sequence_length=recipe["sequence_length"],
         seed=recipe["seed"],

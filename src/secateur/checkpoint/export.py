@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from secateur.checkpoint.format import INDEX, check_quantization_config, dump_json, read_json
 from secateur.checkpoint.inspect import read_manifest
 from secateur.checkpoint.shards import METADATA, read_shard
@@ -10,6 +12,7 @@ from secateur.checkpoint.submodel import carry_files
 from secateur.errors import CheckpointError
 from secateur.files import atomic_folder, atomic_write_bytes
 from secateur.models.safetensors_writer import write_safetensors
+from secateur.models.weights import FLOAT_TYPES
 from secateur.registry import Registry
 
 FORMATS: Registry[str] = Registry("export format")
@@ -41,18 +44,19 @@ def export(path: str | Path, *, output: str | Path, format: str = "dense") -> Pa
     source, target = Path(path), Path(output)
     manifest = read_manifest(source)
     config = read_json(source / "config.json")
-    shapes = check_quantization_config(config.pop("quantization_config", None))
+    stored = check_quantization_config(config.pop("quantization_config", None))
+    dtype = _dtype(config)
     index = read_json(source / INDEX)
     with atomic_folder(target) as folder:
         weight_map: dict[str, str] = {}
         total = 0
         shards = _shards(source, index)
         for shard in shards:
-            tensors = read_shard(source / shard, shapes)
+            tensors = read_shard(source / shard, stored, dtype)
             write_safetensors(folder / shard, tensors, METADATA)
             weight_map.update(dict.fromkeys(tensors, shard))
             total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if missing := [name for name in shapes if name not in weight_map]:
+        if missing := [name for name in (*stored.pruned.shapes, *stored.dense.shapes) if name not in weight_map]:
             raise CheckpointError(f"the shards that {INDEX} names lack {missing[0]!r}; derive or fetch it again")
         if unused := [name for name in manifest["files"] if name.endswith(".safetensors") and name not in shards]:
             raise CheckpointError(f"{INDEX} does not name the shard {unused[0]!r}; derive or fetch the sub-model again")
@@ -60,6 +64,15 @@ def export(path: str | Path, *, output: str | Path, format: str = "dense") -> Pa
         atomic_write_bytes(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         carry_files(source, folder)
     return target
+
+
+def _dtype(config: dict[str, object]) -> torch.dtype:
+    """Return the base model's precision, to which integers are unpacked."""
+    said = config.get("dtype", config.get("torch_dtype"))
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_TYPES}
+    if said not in known:
+        raise CheckpointError(f"config.json names the precision {said!r}, known are {', '.join(known)}; fetch it again")
+    return known[str(said)]
 
 
 def _shards(source: Path, index: dict[str, object]) -> list[str]:

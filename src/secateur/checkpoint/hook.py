@@ -12,8 +12,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from secateur.checkpoint.bitmask import SUFFIXES, PackedWeight, unpack
+from secateur.checkpoint.bitmask import SUFFIXES
 from secateur.checkpoint.format import QUANT_METHOD, check_quantization_config
+from secateur.checkpoint.shards import unpack_parts
 from secateur.errors import CheckpointError
 
 
@@ -22,7 +23,7 @@ class SecateurConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of a sub-model's config.json."""
 
     def __init__(self, **raw: Any) -> None:
-        self.shapes = check_quantization_config({**raw, "quant_method": QUANT_METHOD})
+        self.stored = check_quantization_config({**raw, "quant_method": QUANT_METHOD})
         self.raw = raw
         self.quant_method = QUANT_METHOD
         self.dequantize = True
@@ -39,22 +40,22 @@ class SecateurConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class UnpackBitmask(ConversionOps):  # type: ignore[misc]
-    """Turn `weight.bitmask`, `weight.values` and `weight.row_offsets` into `weight`."""
+    """Turn `weight.bitmask`, `.values`, `.row_offsets` and `.scales`, as far as they are stored, into `weight`."""
 
     def __init__(self, quantizer: "SecateurQuantizer") -> None:
         self.hf_quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any) -> dict[str, Tensor]:
-        """Check and unpack one weight; raises `CheckpointError` when its parts are damaged."""
+        """Check and unpack one weight into the model's precision; raises `CheckpointError` when it is damaged."""
         parts = {key.rpartition(".")[2].rstrip("$"): _single(value) for key, value in input_dict.items()}
         shape = tuple(model.get_parameter(full_layer_name).shape)
-        if (said := self.hf_quantizer.quantization_config.shapes.get(full_layer_name)) != shape:
+        stored = self.hf_quantizer.quantization_config.stored
+        if (said := {**stored.pruned.shapes, **stored.dense.shapes}.get(full_layer_name)) != shape:
             raise CheckpointError(
                 f"packed weight {full_layer_name!r} has shape {said and list(said)} in quantization_config and "
                 f"{list(shape)} in the model; derive or fetch the sub-model again"
             )
-        weight, _mask = unpack(PackedWeight(**parts), shape, full_layer_name)
-        return {full_layer_name: weight.to(model.dtype)}
+        return {full_layer_name: unpack_parts(full_layer_name, parts, stored, model.dtype).to(model.dtype)}
 
 
 def _single(value: Any) -> Tensor:

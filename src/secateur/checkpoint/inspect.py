@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from secateur.checkpoint.bitmask import SUFFIXES
-from secateur.checkpoint.format import CARD, MANIFEST, check_quantization_config, read_json
+from secateur.checkpoint.format import CARD, MANIFEST, Stored, check_quantization_config, read_json
 from secateur.errors import CheckpointError
 from secateur.files import sha256_file
 
@@ -26,10 +26,12 @@ class Inspection:
     manifest
         The content of its `secateur.json`.
     bytes_by_part
-        Bytes of `bitmask`, `values`, `row_offsets`, `dense tensors` (embeddings, head, norms, biases) and
-        `other files`.
+        Bytes of `bitmask`, `values`, `row_offsets` and `scales` of the pruned weights, `dense tensors` (embeddings,
+        head, norms, biases) and `other files`.
     bits_per_weight
-        Bits of bitmask, values and offsets for each prunable weight, removed ones included.
+        Bits of bitmask, values, offsets and scales for each prunable weight, removed ones included.
+    stored
+        How weights are stored.
     verified
         Whether every file was compared with its SHA-256; False when that was not asked for.
     """
@@ -38,6 +40,7 @@ class Inspection:
     manifest: dict[str, Any]
     bytes_by_part: dict[str, int]
     bits_per_weight: float
+    stored: Stored
     verified: bool
 
     @property
@@ -68,11 +71,11 @@ class Inspection:
             f"calibration    {calibration.get('samples')} x {calibration.get('sequence_length')} tokens, "
             f"seed {recipe.get('seed')}, SHA-256 {str(calibration.get('sha256'))[:16]}...",
             f"kept           {kept:,} of {size:,} prunable weights (sparsity {manifest['sparsity']:.4f})",
-            f"values         {manifest['values']}, {self.bits_per_weight:.2f} bits for each prunable weight",
+            f"values         {self._describe_values()}, {self.bits_per_weight:.2f} bits for each prunable weight",
             f"files          {'all match their SHA-256' if self.verified else 'hashes not compared (--verify does)'}",
             "",
-            f"{'part':<16}{'MB':>10}",
-            *(f"{part:<16}{n_bytes / 1e6:>10.2f}" for part, n_bytes in self.bytes_by_part.items()),
+            f"{'part':<16}{'MB':>10}{'bits/weight':>14}",
+            *(self._describe_part(part) for part in self.bytes_by_part),
             f"{'total':<16}{self.total_bytes / 1e6:>10.2f}",
             "",
             f"{'weight':<48}{'shape':>16}{'sparsity':>10}",
@@ -82,6 +85,18 @@ class Inspection:
             ),
         ]
         return "\n".join(lines)
+
+    def _describe_values(self) -> str:
+        texts = []
+        for weights, where in ((self.stored.pruned, ""), (self.stored.dense, ", embedding and head ")):
+            groups = f" in groups of {weights.encoding.group_size}" if weights.encoding.bits else ""
+            texts += [f"{where}{weights.encoding.values}{groups}"] if weights.shapes else []
+        return "".join(texts)
+
+    def _describe_part(self, part: str) -> str:
+        bits = 8 * self.bytes_by_part[part] / max(self.manifest["prunable_weights"], 1)
+        each = f"{bits:>14.3f}" if part in SUFFIXES else ""
+        return f"{part:<16}{self.bytes_by_part[part] / 1e6:>10.2f}{each}"
 
 
 def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
@@ -101,7 +116,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    shapes = check_quantization_config(read_json(folder / "config.json").get("quantization_config"))
+    stored = check_quantization_config(read_json(folder / "config.json").get("quantization_config"))
     files = _file_hashes(folder, manifest)
     if verify:
         for name, expected in files.items():
@@ -110,10 +125,10 @@ def inspect(path: str | Path, *, verify: bool = False) -> Inspection:
                     f"{str(folder / name)!r} is damaged: its SHA-256 is {received[:16]}..., the manifest says "
                     f"{expected[:16]}...; derive or fetch the sub-model again"
                 )
-    parts = _bytes_by_part(folder, files)
-    size = sum(out_features * in_features for out_features, in_features in shapes.values())
+    parts = _bytes_by_part(folder, files, stored)
+    size = sum(out_features * in_features for out_features, in_features in stored.pruned.shapes.values())
     packed = sum(parts[suffix] for suffix in SUFFIXES)
-    return Inspection(folder, manifest, parts, 8 * packed / max(size, 1), verify)
+    return Inspection(folder, manifest, parts, 8 * packed / max(size, 1), stored, verify)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -165,14 +180,15 @@ def _file_hashes(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     return files
 
 
-def _bytes_by_part(folder: Path, files: dict[str, str]) -> dict[str, int]:
+def _bytes_by_part(folder: Path, files: dict[str, str], stored: Stored) -> dict[str, int]:
     parts = dict.fromkeys((*SUFFIXES, "dense tensors", "other files"), 0)
     for path in sorted(folder.iterdir()):
         size = path.stat().st_size
         if path.suffix == ".safetensors" and path.name in files:
             for key, n_bytes in _tensor_sizes(path):
-                suffix = key.rpartition(".")[2]
-                parts[suffix if suffix in SUFFIXES else "dense tensors"] += n_bytes
+                name, _, suffix = key.rpartition(".")
+                pruned = suffix in SUFFIXES and name not in stored.dense.shapes
+                parts[suffix if pruned else "dense tensors"] += n_bytes
                 size -= n_bytes
         parts["other files"] += size
     return parts

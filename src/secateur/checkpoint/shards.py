@@ -1,17 +1,22 @@
 """The safetensors shards of a sub-model: one for each block, and a last one for everything outside the blocks."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from secateur.checkpoint.bitmask import SUFFIXES, PackedWeight, unpack
+from secateur.checkpoint.bitmask import SUFFIXES, PackedWeight, stored_suffixes, unpack
+from secateur.checkpoint.format import Stored, StoredWeights
+from secateur.checkpoint.integers import damaged, unpack_dense
+from secateur.checkpoint.quantise import Quantised, n_groups, quantise
 from secateur.errors import CheckpointError
 from secateur.models.safetensors_writer import Lazy, write_safetensors
 
 METADATA = {"format": "pt"}
+DENSE_SUFFIXES = ("values", "scales")
 
 
 def write_block_shard(path: Path, packed: Mapping[str, PackedWeight], others: Mapping[str, Tensor]) -> None:
@@ -23,32 +28,100 @@ def write_block_shard(path: Path, packed: Mapping[str, PackedWeight], others: Ma
 
 
 def write_outer_shard(
-    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], load: Callable[[str], Tensor]
+    path: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    load: Callable[[str], Tensor],
+    dense: StoredWeights,
 ) -> None:
-    """Write the tensors outside the blocks, read one at a time when their turn comes."""
-    lazy = {name: Lazy(shape, dtype, lambda name=name: load(name)) for name, (shape, dtype) in shapes.items()}  # type: ignore[misc]
+    """Write the tensors outside the blocks, read one at a time when their turn comes; those of `dense` as integers."""
+    lazy: dict[str, Tensor | Lazy] = {}
+    for name, (shape, dtype) in shapes.items():
+        if name in dense.shapes:
+            lazy.update(_quantised(name, dense, load))
+        else:
+            lazy[name] = Lazy(shape, dtype, partial(load, name))
     write_safetensors(path, lazy, METADATA)
 
 
-def read_shard(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+def _quantised(name: str, dense: StoredWeights, load: Callable[[str], Tensor]) -> dict[str, Lazy]:
+    """Return values and scales of a dense matrix, made together when the first of them is written."""
+    shape, bits, group_size = dense.shapes[name], dense.encoding.bits, dense.encoding.group_size
+    made: dict[str, Tensor] = {}
+
+    def take(suffix: str) -> Tensor:
+        if not made:
+            found = quantise(load(name), None, None, bits=bits, group_size=group_size)
+            made.update(values=found.codes, scales=found.scales)
+        return made.pop(suffix)
+
+    groups = n_groups(shape[1], group_size)
+    return {
+        f"{name}.values": Lazy(shape, torch.uint8, partial(take, "values")),
+        f"{name}.scales": Lazy((shape[0], groups), torch.bfloat16, partial(take, "scales")),
+    }
+
+
+def read_shard(path: Path, stored: Stored, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Return the tensors of one shard by full name, packed weights unpacked.
+
+    Parameters
+    ----------
+    path
+        The file.
+    stored
+        How weights are stored, from `quantization_config`.
+    dtype
+        Precision of the weights that are stored as integers; all others keep their own.
 
     Raises
     ------
     CheckpointError
-        When the file cannot be read, or a packed weight is incomplete, damaged or not in `shapes`.
+        When the file cannot be read, or a packed weight is incomplete, damaged or not in `stored`.
     """
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            packed = sorted({name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in SUFFIXES})
-            parts = {f"{name}.{suffix}" for name in packed for suffix in SUFFIXES}
-            if missing := sorted(parts - names) or [name for name in packed if name not in shapes]:
-                raise CheckpointError(f"shard {str(path)!r} lacks {missing[0]!r}; derive or fetch the sub-model again")
+            wanted = _wanted(path, names, stored)
+            parts = {f"{name}.{suffix}" for name, suffixes in wanted.items() for suffix in suffixes}
             tensors = {name: file.get_tensor(name).clone() for name in sorted(names - parts)}
-            for name in packed:
-                parts_of = PackedWeight(*(file.get_tensor(f"{name}.{suffix}") for suffix in SUFFIXES))
-                tensors[name], _ = unpack(parts_of, shapes[name], name)
+            for name, suffixes in wanted.items():
+                found = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in suffixes}
+                tensors[name] = unpack_parts(name, found, stored, dtype)
             return tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"shard {str(path)!r} cannot be read ({error}); derive or fetch it again") from None
+
+
+def _wanted(path: Path, names: set[str], stored: Stored) -> dict[str, tuple[str, ...]]:
+    """Return the suffixes of each weight of a shard that has parts; raises where they are not those of the config."""
+    parts = {name for name in names if name.rpartition(".")[2] in SUFFIXES}
+    wanted = {name: _suffixes(name, stored) for name in sorted({name.rpartition(".")[0] for name in parts})}
+    expected = {f"{name}.{suffix}" for name, suffixes in wanted.items() for suffix in suffixes}
+    for problem, wrong in (("lacks", expected - names), ("holds what config.json does not tell of,", parts - expected)):
+        if wrong:
+            raise CheckpointError(f"shard {str(path)!r} {problem} {min(wrong)!r}; derive or fetch the sub-model again")
+    return wanted
+
+
+def _suffixes(name: str, stored: Stored) -> tuple[str, ...]:
+    """Return the suffixes of the tensors of a weight that is not stored as it is; none for one that is not known."""
+    if name in stored.dense.shapes:
+        return DENSE_SUFFIXES
+    return stored_suffixes(stored.pruned.encoding) if name in stored.pruned.shapes else ()
+
+
+def unpack_parts(name: str, parts: Mapping[str, Tensor], stored: Stored, dtype: torch.dtype) -> Tensor:
+    """Return a weight [out_features, in_features] from its parts by suffix.
+
+    Raises
+    ------
+    CheckpointError
+        When a part is missing or too many, or the parts are damaged.
+    """
+    if parts.keys() != set(_suffixes(name, stored)):
+        raise damaged(name, f"it has the parts {', '.join(sorted(parts))}")
+    if name in stored.dense.shapes:
+        quantised = Quantised(parts["values"], parts["scales"])
+        return unpack_dense(quantised, stored.dense.shapes[name], name, stored.dense.encoding, dtype)
+    weight, _mask = unpack(PackedWeight(**parts), stored.pruned.shapes[name], name, stored.pruned.encoding, dtype)
+    return weight

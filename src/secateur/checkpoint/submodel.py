@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 
 from secateur.checkpoint.card import model_card
@@ -19,6 +20,7 @@ from secateur.checkpoint.format import (
     INDEX,
     NOT_HASHED,
     LayerRecord,
+    Stored,
     dump_json,
     quantization_config,
 )
@@ -44,9 +46,6 @@ CARRIED = (
 )
 
 
-DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
 @dataclass(frozen=True)
 class Provenance:
     """How a sub-model was made: what goes into its manifest and card beside what the shards themselves say.
@@ -57,19 +56,19 @@ class Provenance:
         `name`, `parameters` and `files` (SHA-256 of each weight file).
     recipe, calibration, versions
         Plain JSON data.
-    values
-        Precision of the kept weights, e.g. `bf16`.
+    dtype
+        The base model's precision as its config names it, e.g. `bfloat16`.
     """
 
     base_model: Mapping[str, Any]
     recipe: Mapping[str, Any]
     calibration: Mapping[str, Any]
     versions: Mapping[str, str]
-    values: str
+    dtype: str
 
 
 def finish_submodel(
-    folder: Path, base: Path, shards: Iterable[str], shapes: Mapping[str, tuple[int, int]], provenance: Provenance
+    folder: Path, base: Path, shards: Iterable[str], stored: Stored, provenance: Provenance
 ) -> dict[str, Any]:
     """Write everything but the shards and the manifest, and return the manifest's content.
 
@@ -81,15 +80,15 @@ def finish_submodel(
         The base model's folder.
     shards
         File names in order.
-    shapes
-        [out_features, in_features] of each pruned weight, in the order of the model.
+    stored
+        How weights are stored; the pruned ones in the order of the model.
     """
-    layers = _write_index(folder, shards, shapes)
+    layers = _write_index(folder, shards, stored.pruned.shapes)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(shapes, provenance.values)
+    config["quantization_config"] = quantization_config(stored)
     if not {"dtype", "torch_dtype"} & config.keys():
         # Without it a reader goes by the first tensor it meets, and that is another one than in the base's files.
-        config["dtype"] = DTYPE_NAMES[provenance.values.split("+")[0]]
+        config["dtype"] = provenance.dtype
     atomic_write_bytes(folder / "config.json", dump_json(config))
     carry_files(base, folder)
     size = sum(layer.size for layer in layers)
@@ -99,7 +98,7 @@ def finish_submodel(
         "base_model": dict(provenance.base_model),
         "recipe": dict(provenance.recipe),
         "calibration": dict(provenance.calibration),
-        "values": provenance.values,
+        "values": stored.pruned.encoding.values,
         "prunable_weights": size,
         "kept_weights": kept,
         "sparsity": round(1 - kept / size, 6),
@@ -131,8 +130,8 @@ def _write_index(folder: Path, shards: Iterable[str], shapes: Mapping[str, tuple
             for key in sorted(file.keys()):
                 weight_map[key] = shard
                 name, _, suffix = key.rpartition(".")
-                if suffix == "row_offsets" and name in shapes:
-                    kept[name] = int(file.get_slice(key)[-1:][0])
+                if suffix == "bitmask" and name in shapes:  # offsets count bytes, which may hold two weights
+                    kept[name] = int(np.bitwise_count(file.get_tensor(key).numpy()).sum(dtype=np.int64))
         total_size += path.stat().st_size
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     atomic_write_bytes(folder / INDEX, dump_json(index))

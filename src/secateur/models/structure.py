@@ -69,6 +69,12 @@ def find_blocks(model: PreTrainedModel) -> tuple[Block, ...]:
     )
 
 
+def embedding_weights(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the names of the matrices [vocabulary, hidden_size] of embedding and head, tied or not."""
+    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    return tuple(f"{name}.weight" for name, module in model.named_modules() if any(module is one for one in ends))
+
+
 def _prunable(block_name: str, block: nn.Module) -> tuple[str, ...]:
     linears = []
     for name, module in block.named_modules():

@@ -79,6 +79,8 @@ def derive(
     budget: str = "uniform",
     granularity: str = "per_output",
     propagate: bool = True,
+    values: str = "base",
+    group_size: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
     resume: bool = False,
@@ -95,7 +97,7 @@ def derive(
         Token ids [samples, sequence_length] of the base model's tokenizer, and where they come from.
     output
         The folder to write; it must not exist.
-    sparsity, method, budget, granularity, propagate
+    sparsity, method, budget, granularity, propagate, values, group_size
         See `secateur.config.Recipe`.
     device
         Where blocks run, as torch names it.
@@ -130,6 +132,8 @@ def derive(
             "sequence_length": calibration.sequence_length,
             "seed": calibration.seed,
             "propagate": propagate,
+            "values": values,
+            "group_size": group_size,
         }
     )
     execution = Execution(output, device, threads, resume, progress, announce)

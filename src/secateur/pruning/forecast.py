@@ -10,9 +10,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from secateur.checkpoint.format import DENSE_ENCODING, FLOATS, Encoding
 from secateur.errors import ResourceError
 from secateur.files import available_memory
-from secateur.models.structure import Block
+from secateur.models.structure import Block, embedding_weights
 
 # Share of the memory that is free now which a derivation may plan with; the rest is for the machine.
 MEMORY_SHARE = 0.85
@@ -21,6 +22,7 @@ INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
 TOKENS_PER_BATCH = 2048
 # Tokenizer, offsets of rows, index and manifest.
 SMALL_FILES = 32_000_000
+SCALE_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def make_forecast(
     sparsity: float,
     threads: int,
     output: Path,
+    encoding: Encoding = FLOATS,
 ) -> Forecast:
     """Forecast a derivation.
 
@@ -89,6 +92,8 @@ def make_forecast(
     output
         The folder that is worked in: its nearest existing parent tells the free disk, and shards that it has already
         are not counted again.
+    encoding
+        How kept weights are stored.
 
     Raises
     ------
@@ -105,8 +110,14 @@ def make_forecast(
     batch = min(batch_tokens, tokens) * itemsize * (INTERMEDIATE_COPIES * intermediate + HIDDEN_COPIES * hidden)
     # Dense weights and packed ones of a block; scores, their partition and positions of the weights pruned at once.
     working = 2 * largest * itemsize + 16 * side_by_side + batch
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    disk = int(parameters * itemsize - sum(sizes) * (sparsity * itemsize - 1 / 8)) + SMALL_FILES
+    outer = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
+    rounded = _rounded_entries(model) if encoding.bits else 0
+    working = max(working, int(rounded * _bytes_per_entry(DENSE_ENCODING, itemsize)))
+    disk = SMALL_FILES + int(
+        sum(sizes) * (1 / 8 + _bytes_per_entry(encoding, itemsize, 1 - sparsity))
+        + (outer - rounded) * itemsize
+        + rounded * _bytes_per_entry(DENSE_ENCODING, itemsize)
+    )
     disk -= sum(path.stat().st_size for path in output.glob("*.safetensors"))
     memory, free_disk = available_memory(), shutil.disk_usage(_existing_parent(output)).free
     map_activations = activations + working > MEMORY_SHARE * memory
@@ -125,6 +136,18 @@ def make_forecast(
             f"{str(output.parent)!r}: make room or name another output{fewer}"
         )
     return forecast
+
+
+def _rounded_entries(model: PreTrainedModel) -> int:
+    """Return the entries of embedding and head, a tied one counted once."""
+    return sum({id(one): one.numel() for one in map(model.get_parameter, embedding_weights(model))}.values())
+
+
+def _bytes_per_entry(encoding: Encoding, itemsize: int, kept: float = 1.0) -> float:
+    """Return the bytes of values and scales for each entry of a weight of which the share `kept` is stored."""
+    if not encoding.bits:
+        return kept * itemsize
+    return kept * encoding.bits / 8 + SCALE_BYTES / encoding.group_size
 
 
 def _existing_parent(path: Path) -> Path:

@@ -14,7 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.calibration.packing import CalibrationSet
-from secateur.checkpoint.format import ACTIVATIONS, LOG, MANIFEST, dump_json, shard_name
+from secateur.checkpoint.format import (
+    ACTIVATIONS,
+    DENSE_ENCODING,
+    FLOATS,
+    LOG,
+    MANIFEST,
+    Encoding,
+    Stored,
+    StoredWeights,
+    dump_json,
+    shard_name,
+)
 from secateur.checkpoint.shards import write_outer_shard
 from secateur.checkpoint.submodel import Provenance, finish_submodel
 from secateur.config import Recipe
@@ -22,7 +33,7 @@ from secateur.errors import ModelError
 from secateur.files import atomic_write_bytes, peak_memory
 from secateur.models.replay import record_inputs
 from secateur.models.source import ModelFolder
-from secateur.models.structure import Block, find_blocks
+from secateur.models.structure import Block, embedding_weights, find_blocks
 from secateur.models.weights import WeightReader, drop_parameters, load_skeleton, set_parameters
 from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.forecast import TOKENS_PER_BATCH, Forecast, make_forecast
@@ -103,7 +114,13 @@ def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspac
         sparsity=recipe.sparsity,
         threads=threads,
         output=workspace,
+        encoding=encoding_of(recipe),
     )
+
+
+def encoding_of(recipe: Recipe) -> Encoding:
+    """Return how kept weights are stored; for the base's own precision that is any of the known floats."""
+    return FLOATS if recipe.values == "base" else Encoding(recipe.values, recipe.group_size or 0)
 
 
 def _batch_size(recipe: Recipe) -> int:
@@ -157,6 +174,7 @@ class Job:
             self.base.reader,
             self.recipe,
             BUDGETS.get(self.recipe.budget).function(sizes, self.recipe.sparsity),
+            encoding_of(self.recipe),
             lambda block: self.workspace.folder / shard_name(block.index + 1, len(self.base.blocks) + 1),
             self._embed(timings) if needs_data else None,
             self.device,
@@ -211,23 +229,37 @@ class Job:
 
     def _finish(self) -> dict[str, Any]:
         total = len(self.base.blocks) + 1
-        path, reader = self.workspace.folder / shard_name(total, total), self.base.reader
+        path, reader, stored = self.workspace.folder / shard_name(total, total), self.base.reader, self._stored()
         if not path.exists():
             outer = self.base.outer_names()
             with reader:
-                write_outer_shard(path, {n: (reader.shape(n), reader.mapped(n).dtype) for n in outer}, reader.mapped)
-        shapes = self.base.shapes()
-        with reader:
-            dtypes = dict.fromkeys(VALUE_NAMES[reader.mapped(name).dtype] for name in shapes)
+                shapes = {name: (reader.shape(name), reader.mapped(name).dtype) for name in outer}
+                write_outer_shard(path, shapes, reader.mapped, stored.dense)
         provenance = Provenance(
             self.plan["base_model"],
             self.plan["recipe"],
             self.plan["calibration"],
             self.plan["versions"],
-            "+".join(dtypes),
+            str(self.base.dtype()).removeprefix("torch."),
         )
         shards = [shard_name(number, total) for number in range(1, total + 1)]
-        return finish_submodel(self.workspace.folder, self.base.folder.path, shards, shapes, provenance)
+        return finish_submodel(self.workspace.folder, self.base.folder.path, shards, stored, provenance)
+
+    def _stored(self) -> Stored:
+        """Say how the weights are stored: pruned ones as the recipe asks, embedding and head with them."""
+        shapes, encoding = self.base.shapes(), encoding_of(self.recipe)
+        if not encoding.bits:
+            with self.base.reader as reader:
+                dtypes = dict.fromkeys(VALUE_NAMES[reader.mapped(name).dtype] for name in shapes)
+            return Stored(StoredWeights(Encoding("+".join(dtypes)), shapes))
+        embeddings = embedding_weights(self.base.model)
+        dense = {
+            name: self.base.model.get_parameter(name).shape for name in self.base.outer_names() if name in embeddings
+        }
+        return Stored(
+            StoredWeights(encoding, shapes),
+            StoredWeights(DENSE_ENCODING, {name: (shape[0], shape[1]) for name, shape in dense.items()}),
+        )
 
     def _log(self, seconds: float, timings: dict[str, float], memory_before: int) -> dict[str, Any]:
         peak = peak_memory()

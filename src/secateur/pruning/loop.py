@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.calibration.statistics import InputStatistics, StatisticsCollector
-from secateur.checkpoint.bitmask import PackedWeight, pack
+from secateur.checkpoint.bitmask import PackedWeight, pack, pack_integers, unpack
+from secateur.checkpoint.format import Encoding, Stored, StoredWeights
+from secateur.checkpoint.quantise import quantise
 from secateur.checkpoint.shards import read_shard, write_block_shard
 from secateur.config import Recipe
 from secateur.errors import CheckpointError, ModelError
@@ -25,7 +27,7 @@ from secateur.models.replay import BlockInputs, run_block
 from secateur.models.structure import Block
 from secateur.models.weights import WeightReader, drop_parameters, set_parameters
 from secateur.pruning.masks import Target, zero_removed
-from secateur.pruning.methods import METHODS, Method
+from secateur.pruning.methods import METHODS, Method, Pruned
 
 Progress = Callable[[str, int, int], None]
 
@@ -61,6 +63,8 @@ class BlockRun:
     ----------
     sparsity
         Target sparsity by weight name, from the budget.
+    encoding
+        How kept weights are stored.
     shard
         Gives the file of a block's shard.
     activations
@@ -72,6 +76,7 @@ class BlockRun:
     reader: WeightReader
     recipe: Recipe
     sparsity: Mapping[str, float]
+    encoding: Encoding
     shard: Callable[[Block], Path]
     activations: Activations | None
     device: torch.device
@@ -166,14 +171,27 @@ def _prune_weight(  # noqa: PLR0917
     parameter: Tensor,
     statistics: InputStatistics | None,
 ) -> PackedWeight:
-    """Prune a weight in its own precision, and put the result in the place of the block's parameter."""
+    """Prune a weight in its own precision, quantise it, and put the result in the place of the block's parameter."""
     # crc32 is a stable way to give each weight its own random numbers; nothing depends on it being strong.
     target = Target(run.sparsity[name], run.recipe.granularity, run.recipe.seed ^ zlib.crc32(name.encode()))
     with torch.inference_mode():
         pruned = method.function(original.to(run.device), statistics, target)
-        packed = pack(pruned.weight, pruned.mask)
-        parameter.data.copy_(zero_removed(pruned.weight, pruned.mask))
+        packed, kept = _pack(run.encoding, name, pruned, statistics, parameter.dtype)
+        parameter.data.copy_(kept)
     return packed
+
+
+def _pack(
+    encoding: Encoding, name: str, pruned: Pruned, statistics: InputStatistics | None, dtype: torch.dtype
+) -> tuple[PackedWeight, Tensor]:
+    """Return a pruned weight as it is stored, and what a reader will make of that."""
+    if not encoding.bits:
+        return pack(pruned.weight, pruned.mask), zero_removed(pruned.weight, pruned.mask)
+    importance = None if statistics is None else statistics.sum_squares
+    found = quantise(pruned.weight, pruned.mask, importance, bits=encoding.bits, group_size=encoding.group_size)
+    packed = pack_integers(found, pruned.mask, encoding.bits)
+    weight, _mask = unpack(packed, (pruned.mask.shape[0], pruned.mask.shape[1]), name, encoding, dtype)
+    return packed, weight
 
 
 def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
@@ -181,11 +199,12 @@ def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
     module = run.model.get_submodule(block.name)
     with timer("restore"):
         shapes = {block.weight_name(n): tuple(module.get_parameter(f"{n}.weight").shape) for n in block.prunable}
-        tensors = read_shard(path, shapes)
+        with run.reader as reader:
+            dtype = reader.mapped(block.weight_name(block.prunable[0])).dtype
+        tensors = read_shard(path, Stored(StoredWeights(run.encoding, shapes)), dtype)
         if run.activations is None:
             return
         if run.recipe.propagate:
-            dtype = tensors[block.weight_name(block.prunable[0])].dtype
             prefix = len(block.name) + 1
             set_parameters(module, {name[prefix:]: t.to(run.device, dtype) for name, t in tensors.items()})
         else:

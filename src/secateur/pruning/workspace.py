@@ -50,7 +50,7 @@ class Workspace:
             atomic_write_bytes(path, dump_json(plan))
             return plan
         try:
-            old = read_json(path)
+            old = _completed(read_json(path))
         except CheckpointError:
             raise ConfigError(
                 f"{str(path)!r}, which says how the interrupted run was begun, is damaged: "
@@ -156,13 +156,21 @@ def partial_folder(output: Path) -> Path:
 def check_finished(output: Path, plan: dict[str, Any]) -> None:
     """Raise `OutputError` when an existing `output` is anything but a finished sub-model of this plan."""
     try:
-        manifest = read_json(output / MANIFEST)
+        manifest = _completed(read_json(output / MANIFEST))
     except CheckpointError:
         raise OutputError(f"output {str(output)!r} exists and is no sub-model: name another one") from None
     for key in ("recipe", "base_model", "calibration"):
         if _decisive(manifest.get(key)) != _decisive(plan[key]):
             difference = describe_difference(key, manifest.get(key), plan[key])
             raise OutputError(f"output {str(output)!r} exists, made with another {difference}: name another one")
+
+
+def _completed(content: dict[str, Any]) -> dict[str, Any]:
+    """Append the options that recipes did not have at first, with what was done then."""
+    recipe, first = content.get("recipe"), {"values": "base", "group_size": None}
+    if not isinstance(recipe, dict):
+        return content
+    return {**content, "recipe": recipe | {key: value for key, value in first.items() if key not in recipe}}
 
 
 def _decisive(value: Any) -> Any:

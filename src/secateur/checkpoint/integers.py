@@ -1,0 +1,99 @@
+"""Integer codes as they are stored, checked before use: two int4 in a byte, scales, and dense matrices of int8.
+
+Slow and obvious, like the codec of bitmasks that uses it. How codes are found is `quantise`'s business.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.checkpoint.format import Encoding
+from secateur.checkpoint.quantise import OFFSETS, Quantised, dequantise, n_groups
+from secateur.errors import CheckpointError
+from secateur.models.finite import all_finite
+
+Array = np.ndarray
+
+
+def damaged(name: str, problem: str) -> CheckpointError:
+    """Return the error for a stored weight whose parts contradict each other."""
+    return CheckpointError(f"packed weight {name!r} is damaged: {problem}; derive or fetch the sub-model again")
+
+
+def row_bytes(counts: Array, bits: int) -> Array:
+    """Return the bytes of rows with so many codes; each row begins on a byte."""
+    return counts if bits == 8 else (counts + 1) // 2
+
+
+def to_bytes(codes: Array, counts: Array, bits: int) -> Array:
+    """Return the stored bytes of the codes of all rows, one after another.
+
+    codes: uint8, row by row; counts: int64 [rows], codes in each. The unused nibble of an odd row is 0.
+    """
+    if bits == 8:
+        return codes
+    used = _used_nibbles(counts)
+    nibbles = np.zeros(len(used), dtype=np.uint8)
+    nibbles[used] = codes
+    return nibbles[0::2] | nibbles[1::2] << 4
+
+
+def from_bytes(stored: Array, counts: Array, bits: int, name: str) -> Array:
+    """Return the codes of all rows (see `to_bytes`); raises `CheckpointError` for bytes that no writer makes."""
+    if bits == 8:
+        if not stored.all():
+            raise damaged(name, "values hold the int8 code -128, which is not used")
+        return stored
+    nibbles = np.empty(2 * len(stored), dtype=np.uint8)
+    nibbles[0::2], nibbles[1::2] = stored & 15, stored >> 4
+    used = _used_nibbles(counts)
+    if nibbles[~used].any():
+        raise damaged(name, "the unused half of a row's last byte is not 0")
+    kept: Array = nibbles[used]
+    return kept
+
+
+def _used_nibbles(counts: Array) -> Array:
+    """Tell for each nibble of all rows whether it holds a code: all but the last one of an odd row."""
+    ends = 2 * np.cumsum(row_bytes(counts, 4))
+    used = np.ones(ends[-1] if len(ends) else 0, dtype=np.bool_)
+    used[ends[counts % 2 == 1] - 1] = False
+    return used
+
+
+def check_scales(scales: Tensor | None, shape: tuple[int, int], encoding: Encoding, name: str) -> None:
+    """Raise `CheckpointError` unless there is a finite scale for each group of each row."""
+    wanted = [shape[0], n_groups(shape[1], encoding.group_size)]
+    if scales is None or scales.dtype != torch.bfloat16 or list(scales.shape) != wanted:
+        received = "missing" if scales is None else f"{scales.dtype} {list(scales.shape)}"
+        raise damaged(name, f"scales are {received}, expected {torch.bfloat16} {wanted}")
+    if not all_finite(scales):
+        raise damaged(name, "scales hold NaN or infinity")
+
+
+def unpack_dense(
+    stored: Quantised, shape: tuple[int, int], name: str, encoding: Encoding, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return a dense matrix [out_features, in_features] that is stored as integers.
+
+    Raises
+    ------
+    CheckpointError
+        When the parts contradict each other or the shape.
+    """
+    codes = stored.codes
+    if codes.dtype != torch.uint8 or tuple(codes.shape) != shape:
+        raise damaged(name, f"values are {codes.dtype} {list(codes.shape)}, expected {torch.uint8} {list(shape)}")
+    check_scales(stored.scales, shape, encoding, name)
+    from_bytes(codes.numpy(), np.empty(0), encoding.bits, name)
+    return dequantise(stored, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
+
+
+def unpack_codes(
+    kept: Array, mask: Array, scales: Tensor, encoding: Encoding, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the weight of kept codes: kept uint8 [n], mask bool [out_features, in_features]; +0 where it is False."""
+    codes = np.full(mask.shape, OFFSETS[encoding.bits], dtype=np.uint8)
+    codes[mask] = kept
+    quantised = Quantised(torch.from_numpy(codes), scales)
+    return dequantise(quantised, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
