@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 WORKERS ?= 2
 
-.PHONY: help install demo test slow check bench clean
+.PHONY: help install demo test slow check sanitize neon bench clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -15,7 +15,7 @@ help: ## Show this list.
 install: $(STAMP) ## Set up .venv with secateur and all that its tests need.
 
 # The candidates are run, not only looked up: a version manager leaves names on PATH that do not start.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	@set -e; \
 	for candidate in $(or $(PYTHON),python3.11 python3 python3.12 python3.13); do \
 		if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
@@ -46,6 +46,40 @@ check: $(STAMP) ## Lint, format, types and the direction of imports.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The drivers of the native code, each with a main of its own: built with all of csrc, run, and to exit with 0.
+DRIVERS := $(patsubst tests/native/%.cpp,%,$(wildcard tests/native/*.cpp))
+NATIVE_SOURCES := $(wildcard csrc/*.cpp)
+NATIVE_HEADERS := $(wildcard csrc/*.h)
+NATIVE_FLAGS := -std=c++17 -Wall -Wextra -Wno-psabi -Icsrc -pthread
+SANITIZED := build/sanitized
+SANITIZE := $(NATIVE_FLAGS) -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
+ARM := build/arm
+ARM_CXX ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64
+
+$(SANITIZED)/%.o: csrc/%.cpp $(NATIVE_HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) -c $< -o $@
+
+$(SANITIZED)/%: tests/native/%.cpp $(NATIVE_SOURCES:csrc/%.cpp=$(SANITIZED)/%.o)
+	$(CXX) $(SANITIZE) $^ -o $@
+
+sanitize: $(DRIVERS:%=$(SANITIZED)/%) ## Run the native code on random and damaged input under sanitizers; needs no .venv.
+	@set -e; for driver in $^; do echo $$driver; $$driver; done
+
+$(ARM)/%.o: csrc/%.cpp $(NATIVE_HEADERS)
+	@mkdir -p $(@D)
+	$(ARM_CXX) $(NATIVE_FLAGS) -O2 -c $< -o $@
+
+$(ARM)/%: tests/native/%.cpp $(NATIVE_SOURCES:csrc/%.cpp=$(ARM)/%.o)
+	$(ARM_CXX) $(NATIVE_FLAGS) -O2 -static $^ -o $@
+
+# One processor with dot products of bytes, one without.
+neon: $(DRIVERS:%=$(ARM)/%) ## The same without sanitizers for ARM, under emulation (g++-aarch64-linux-gnu, qemu-user).
+	@set -e; for driver in $^; do for cpu in max cortex-a72; do \
+		echo $$driver on $$cpu; $(QEMU) -cpu $$cpu $$driver 40; \
+	done; done
 
 bench: $(STAMP) ## Measure what a derivation costs, on an idle machine.
 	$(BIN)/python benchmarks/derive_cost.py demo

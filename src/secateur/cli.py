@@ -6,6 +6,7 @@ and remarks to stderr. Exit codes: 0 good, 1 a SecateurError in one line, 2 wron
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +62,13 @@ def derive(
         bool | None,
         typer.Option("--propagate/--no-propagate", help="Calibrate on pruned outputs.", show_default="propagate"),
     ] = None,
+    values: Annotated[
+        str | None, typer.Option(help="Precision of kept weights: base, int8 or int4.", show_default="base")
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Input positions that share a scale: 32, 64 or 128.", show_default="int8: 128, int4: 64"),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with these options; flags win over it.")] = None,
     data: Data = None,
     device: Device = "cpu",
@@ -82,6 +90,8 @@ def derive(
         "sequence_length": sequence_length,
         "seed": seed,
         "propagate": propagate,
+        "values": values,
+        "group_size": group_size,
     }
     settings = make_recipe(options, recipe)
     console.quiet_libraries()
@@ -120,16 +130,26 @@ def generate(
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among so many likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this total probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Draw among tokens at least so likely, as a share of the best.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that occurred are less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="For a temperature above 0.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text before which the answer ends; may be repeated.")] = None,
+    engine: Annotated[str, typer.Option(help="native, torch, or auto: native where it can be.")] = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Generate text, streamed to stdout."""
     console.quiet_libraries()
     from secateur.runtime.loading import load
+    from secateur.runtime.options import GenerationOptions
 
-    loaded = load(model, threads=threads)
-    pieces = loaded.stream(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    chosen = GenerationOptions(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
+    )
+    loaded = load(model, threads=threads, engine=engine)
+    pieces = loaded.stream(prompt, **asdict(chosen))
     if as_json:
         console.print_json({"prompt": prompt, "text": "".join(pieces)})
         return
@@ -170,6 +190,39 @@ def evaluate(
             progress=progress.update,
         )
     console.result(json.loads(evaluation.to_json()), evaluation.to_table(), as_json=as_json)
+
+
+@app.command()
+def benchmark(
+    submodel: Annotated[str, typer.Argument(help="A sub-model folder, or any base model.")],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="native, torch, torch-int8, llama.cpp, llama.cpp:Q8_0, llama.cpp:FILE.gguf; repeatable."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every question is put to every model.")] = 3,
+    prompt_length: Annotated[list[int] | None, typer.Option(help="Prompts to read.", show_default="128, 512")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences to decode together, beside one alone.")] = 8,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed and memory, beside peers in the same run."""
+    console.quiet_libraries()
+    from secateur.evaluation.speed import benchmark as measure
+    from secateur.evaluation.speed_tables import render
+
+    with console.Progress() as progress:
+        report = measure(
+            submodel,
+            against or (),
+            threads=threads,
+            rounds=rounds,
+            prompt_lengths=prompt_length or (128, 512),
+            new_tokens=new_tokens,
+            batch=batch,
+            progress=progress.update,
+        )
+    console.result(report.to_dict(), render(report), as_json=as_json)
 
 
 @app.command()

@@ -38,3 +38,7 @@ class OutputError(SecateurError):
 
 class ResourceError(SecateurError):
     """Work that does not fit into the memory or the disk at hand."""
+
+
+class NativeCodeError(SecateurError):
+    """The native code is not installed, does not fit this version, or lacks the instruction set that was asked for."""

@@ -243,6 +243,11 @@ bad("seed -1", lambda p: p.derive("--seed", "-1"), "seed", "-1")
 bad("unknown method", lambda p: p.derive("--method", "wand"), "'wand'", "'wanda'")
 bad("unknown budget", lambda p: p.derive("--budget", "uniforn"), "'uniforn'", "'uniform'")
 bad("unknown granularity", lambda p: p.derive("--granularity", "per_row"), "per_row", "per_output")
+bad("values int2", lambda p: p.derive("--values", "int2"), "'values'", "int2", "'base', 'int8' or 'int4'")
+bad("values as base calls them", lambda p: p.derive("--values", "bf16"), "'values'", "bf16", "'base'")
+bad("group size 48", lambda p: p.derive("--values", "int4", "--group-size", "48"), "group_size", "48", "32, 64 or 128")
+bad("group size many", lambda p: p.derive("--values", "int4", "--group-size", "many"), "--group-size", code=2)
+bad("group size of base values", lambda p: p.derive("--group-size", "64"), "group_size", "64", "leave it out")
 bad("unknown device", lambda p: p.derive("--device", "gpu"), "'gpu'", "cpu")
 bad("absent device", lambda p: p.derive("--device", "cuda:7"), "'cuda:7'", "cpu")
 bad("threads 0", lambda p: p.derive("--threads", "0"), "--threads", code=2)
@@ -292,6 +297,20 @@ bad(
     "sparsity",
 )
 bad("recipe: wrong type", lambda p: p.derive("--recipe", p.write("r.yaml", "seed: [1]\n")), "seed", "r.yaml")
+bad(
+    "recipe: unknown values",
+    lambda p: p.derive("--recipe", p.write("r.yaml", "values: int5\n")),
+    "values",
+    "int5",
+    "r.yaml",
+)
+bad(
+    "recipe: groups, and a flag that leaves none",
+    lambda p: p.derive("--values", "base", "--recipe", p.write("r.yaml", "values: int4\ngroup_size: 32\n")),
+    "group_size",
+    "32",
+    "leave it out",
+)
 bad("recipe: bad domain", lambda p: p.derive_bare("--recipe", p.write("r.yaml", "for: 7\n")), "for", "7")
 
 
@@ -430,6 +449,23 @@ for verb in ("evaluate", "export", "generate"):
         ),
         f"model.layers.0.{Q_PROJ}",
     )
+
+    for name, change, *says in (
+        ("foreign values", {"values": "int3"}, "values 'int3'", "newer secateur"),
+        ("groups of another size", {"values": "int4", "group_size": 7}, "group_size 7", "newer secateur"),
+        ("integers that are floats", {"values": "int8", "group_size": 128}, "model.layers.0."),
+        ("a dense list", {"dense": [1]}, "dense [1]", "newer secateur"),
+    ):
+        bad(
+            f"{verb}: {name}",
+            _bad_child(
+                verb,
+                lambda p, t, change=change: with_json(
+                    p.child, t, "config.json", lambda c: c["quantization_config"].update(change)
+                ),
+            ),
+            *says,
+        )
 
 bad("evaluate: missing model", lambda p: p.evaluate(model="nosuch"), "'nosuch'")
 bad("evaluate: missing parent", lambda p: p.evaluate("--against", "nosuch"), "'nosuch'")

@@ -59,6 +59,8 @@ def test_derive_as_json_with_a_recipe_and_a_flag_that_wins(inputs, work, capsys)
         "sequence_length": 32,
         "seed": 3,
         "propagate": False,
+        "values": "base",
+        "group_size": None,
     }
     assert result["log"]["seconds"] > 0
     assert json.loads((work / "deep/out/secateur.json").read_text())["recipe"] == result["recipe"]
@@ -125,6 +127,23 @@ def test_resume_with_nothing_to_resume_and_with_nothing_left_to_do(inputs, work,
     assert contents(work / "out") == before == contents(inputs / "child")
 
 
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_integers_from_end_to_end(inputs, work, capsys, values):
+    outcome = derive(inputs, capsys, "--values", values, "--group-size", "32", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["recipe"]["group_size"] == 32
+    assert json.loads(run(["inspect", "out", "--verify", "--json"], capsys).out)["values"] == values
+    assert f"{values} in groups of 32, embedding and head int8" in run(["inspect", "out"], capsys).out
+    task = f"perplexity:{inputs / 'text'}"
+    outcome = run(["evaluate", "out", inputs / "child", "--task", task, "--limit", "300", "--json"], capsys)
+    assert outcome.code == 0
+    perplexity = [cell["result"]["perplexity"] for cell in json.loads(outcome.out)["cells"]]
+    assert perplexity[0] == pytest.approx(perplexity[1], rel=0.02 if values == "int8" else 0.3)
+    assert run(["generate", "out", "-p", "def f", "--max-new-tokens", "3"], capsys).code == 0
+    assert run(["export", "out", "-o", "dense"], capsys).code == 0
+    assert run(["generate", "dense", "-p", "def f", "--max-new-tokens", "3"], capsys).code == 0
+
+
 def test_inspect(inputs, work, capsys):
     outcome = run(["inspect", inputs / "child"], capsys)
     assert (outcome.code, outcome.err) == (0, "")
@@ -183,7 +202,7 @@ def test_an_exported_folder_opens_without_secateur(inputs, work, capsys):
     assert "quantization_config" not in json.loads((work / "dense" / "config.json").read_text())
     subprocess.run([sys.executable, "-c", OPEN, work / "dense", work / "logits.pt"], check=True, timeout=120)
     with torch.inference_mode():
-        expected = secateur.load(inputs / "child").model(torch.arange(1, 40)[None]).logits
+        expected = secateur.load(inputs / "child", engine="torch").model(torch.arange(1, 40)[None]).logits
     # Exact: the same weights, the same library, one process apart; threads may add up in another order.
     torch.testing.assert_close(torch.load(work / "logits.pt"), expected, rtol=0.02, atol=0.02)
     dense = {name: t for shard in (work / "dense").glob("*.safetensors") for name, t in load_file(shard).items()}

@@ -6,8 +6,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur.errors import CheckpointError, ConfigError, ModelError
-from secateur.runtime.loading import LoadedModel, load
+from secateur.runtime.generation import TransformersBackend
+from secateur.runtime.loading import LoadedModel
+from secateur.runtime.loading import load as load_any
 from tests.tiny import EOS, save_tiny, tiny_model, tiny_tokenizer
+
+
+def load(path, **options):
+    return load_any(path, engine="torch", **options)
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def model():
-    return LoadedModel(Path("tiny"), tiny_model("llama"), tiny_tokenizer())
+    return LoadedModel(Path("tiny"), TransformersBackend(tiny_model("llama"), tiny_tokenizer()))
 
 
 def test_loads_in_the_stored_precision_and_generates_what_transformers_does(folder):

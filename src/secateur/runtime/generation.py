@@ -1,12 +1,7 @@
-"""Text from a causal language model, one token at a time: sampling, the decode loop, and tokens to text.
-
-Only what is asked for here changes the model's distribution: penalties and temperatures that a `generation_config`
-carries are not applied; of that file only the end-of-sequence tokens count.
-"""
+"""Text from any causal language model of transformers, one token at a time: the decode loop and sampling in torch."""
 
 import inspect
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,86 +9,50 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import ConfigError, ModelError
-
-# Tokens of the prompt that are decoded together with the new text, because some tokenizers drop a leading space.
-_CONTEXT_TOKENS = 5
+from secateur.errors import ModelError
+from secateur.runtime.options import GenerationOptions
 
 
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How text is generated; refuses values that cannot be used with `ConfigError`.
+@dataclass(frozen=True, eq=False)
+class TransformersCodec:
+    """A tokenizer of transformers."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def begin_id(self) -> int | None:
+        """The token that begins a text, if there is one."""
+        found: int | None = self.tokenizer.bos_token_id
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, with the special tokens that the tokenizer adds."""
+        return list(self.tokenizer(text)["input_ids"])
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of token ids; special tokens have none."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class TransformersBackend:
+    """Any decoder that transformers opens, run by torch.
 
     Attributes
     ----------
-    max_new_tokens
-        Upper bound on the tokens generated, at least 1.
-    temperature
-        0 takes the most likely token; otherwise logits are divided by it before a token is drawn.
-    top_k
-        Draw among the `top_k` most likely tokens; 0 means all.
-    top_p
-        Draw among the fewest most likely tokens whose probabilities sum to `top_p`, 0 < top_p <= 1 (Holtzman et al.
-        2020). Applied after temperature and `top_k`.
-    seed
-        Makes draws repeatable on one machine; None draws differently each time.
-    stop
-        Texts before which the output ends; they are not part of it.
-    ignore_eos
-        Go on after an end-of-sequence token, to reach `max_new_tokens` in a measurement.
+    model, tokenizer
+        The transformers objects; the model is in evaluation mode.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    ignore_eos: bool = False
+    name = "torch"
 
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):  # a string is a sequence of one-letter stops to Python, to nobody else
-            object.__setattr__(self, "stop", (self.stop,))
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (most likely token) or more")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)")
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise ConfigError(f"seed is {self.seed}; it must be 0 or more, and below 2^64")
-        if "" in self.stop:
-            raise ConfigError("an empty stop string would stop every text before its first character; leave it out")
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.codec = TransformersCodec(tokenizer)
+        self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-
-def encode_prompt(
-    prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> list[int]:
-    """Return the token ids of `prompt`, with the special tokens that the tokenizer adds.
-
-    Raises
-    ------
-    ConfigError
-        When there is nothing to start from, or prompt and new tokens exceed the positions that the model knows.
-    """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"the prompt {prompt[:60]!a} holds bytes that are not UTF-8; give text") from None
-    token_ids: list[int] = list(tokenizer(prompt)["input_ids"])
-    if not token_ids and tokenizer.bos_token_id is not None:
-        token_ids = [tokenizer.bos_token_id]
-    if not token_ids:
-        raise ConfigError("the prompt is empty and this model has no token for the begin of a text; give some text")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and len(token_ids) + max_new_tokens > positions:
-        raise ConfigError(
-            f"prompt of {len(token_ids)} tokens and {max_new_tokens} new ones exceed the {positions} positions of this "
-            "model; shorten the prompt or ask for fewer new tokens"
-        )
-    return token_ids
+    def generate(self, prompt_ids: Sequence[int], options: GenerationOptions) -> Iterator[int]:
+        """Yield new token ids; see `generate_token_ids`."""
+        return generate_token_ids(self.model, prompt_ids, options, end_of_sequence_ids(self.model, self.tokenizer))
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -115,12 +74,14 @@ def generate_token_ids(
         generator.seed()
     else:
         generator.manual_seed(options.seed)
-    logits, cache = _forward(model, list(prompt_ids), None)
+    known = list(prompt_ids)
+    logits, cache = _forward(model, known, None)
     for remaining in range(options.max_new_tokens, 0, -1):
-        token_id = choose_token(logits, options, generator)
+        token_id = choose_token(logits, options, generator, known)
         if token_id in end_ids and not options.ignore_eos:
             return
         yield token_id
+        known.append(token_id)
         if remaining > 1:
             logits, cache = _forward(model, [token_id], cache)
 
@@ -142,8 +103,15 @@ def _forward(model: PreTrainedModel, token_ids: list[int], cache: Any) -> tuple[
     return logits, output.past_key_values
 
 
-def choose_token(logits: Tensor, options: GenerationOptions, generator: torch.Generator) -> int:
-    """Return the id of the next token, from float32 `logits` [vocabulary]."""
+def choose_token(
+    logits: Tensor, options: GenerationOptions, generator: torch.Generator, known: Sequence[int] = ()
+) -> int:
+    """Return the id of the next token after the `known` ones, from float32 `logits` [vocabulary]."""
+    if options.repetition_penalty != 1 and known:
+        occurred = torch.tensor(sorted(set(known)))
+        scores = logits[occurred]
+        penalty = options.repetition_penalty
+        logits = logits.index_copy(0, occurred, torch.where(scores < 0, scores * penalty, scores / penalty))
     if options.temperature == 0:
         return int(logits.argmax())
     # Sorted, stable: the draw then does not depend on how ties are broken inside topk.
@@ -154,50 +122,5 @@ def choose_token(logits: Tensor, options: GenerationOptions, generator: torch.Ge
     if options.top_p < 1:
         before = probabilities.cumsum(-1) - probabilities  # the first token always stays
         probabilities = probabilities.where(before < options.top_p, 0.0)
+    probabilities = probabilities.where(probabilities >= options.min_p * probabilities[0], 0.0)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
-
-
-def decode_pieces(
-    token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]
-) -> Iterator[str]:
-    """Yield the text of `token_ids` as it becomes certain: no piece ends inside a character or is empty.
-
-    Special tokens have no text. Bytes that never become a character come out as U+FFFD.
-    """
-    ids = list(prompt_ids[-_CONTEXT_TOKENS:])
-    start, given = 0, len(ids)  # text of ids[start:given] has been given out, or belongs to the prompt
-
-    def text(end: int | None) -> str:
-        return str(tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    for token_id in token_ids:
-        ids.append(token_id)
-        known, grown = text(given), text(None)
-        if len(grown) > len(known) and not grown.endswith("\ufffd"):
-            yield grown[len(known) :]
-            start, given = given, len(ids)
-    if rest := text(None)[len(text(given)) :]:
-        yield rest
-
-
-def cut_at_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Yield `pieces` up to the first occurrence of one of `stop`, never a part of a stop string that is complete."""
-    held = ""  # the end of the text so far that may be the begin of a stop string
-    for piece in pieces:
-        held += piece
-        found = [held.index(text) for text in stop if text in held]
-        if found:
-            if end := min(found):
-                yield held[:end]
-            return
-        keep = max((_overlap(held, text) for text in stop), default=0)
-        if ready := held[: len(held) - keep]:
-            yield ready
-            held = held[len(held) - keep :]
-    if held:
-        yield held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that `stop` begins with, shorter than `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,16 +1,43 @@
-"""A model that is ready to generate: any base model, or a sub-model, opened through transformers."""
+"""A model that is ready to generate: any base model, or a sub-model, run natively where that is possible."""
 
+import functools
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from secateur.errors import CheckpointError, ModelError, SecateurError
+from secateur.errors import CheckpointError, ConfigError, ModelError, SecateurError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from secateur.models.source import ModelFolder
+    from secateur.runtime.options import GenerationOptions
+    from secateur.runtime.text import Codec
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("auto", "native", "torch")
+
+
+class Backend(Protocol):
+    """A way to run a model."""
+
+    name: str
+    max_positions: int | None
+
+    @property
+    def codec(self) -> "Codec":
+        """From text to tokens and back."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The codec's own tokenizer."""
+
+    def generate(self, prompt_ids: Sequence[int], options: "GenerationOptions") -> Iterator[int]:
+        """Yield new token ids until there are enough, or before one that ends the text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,69 +48,62 @@ class LoadedModel:
     ----------
     path
         The Hugging Face folder that it was read from.
-    model, tokenizer
-        The transformers objects; the model is in evaluation mode.
+    backend
+        What runs it: `backend.name` is `native` or `torch`.
     """
 
     path: Path
-    model: "PreTrainedModel" = field(repr=False)
-    tokenizer: "PreTrainedTokenizerBase" = field(repr=False)
+    backend: Backend = field(repr=False)
 
-    def generate(
-        self,
-        prompt: str,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        *,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-    ) -> str:
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer: of transformers with the engine `torch`, of tokenizers with `native`."""
+        return self.backend.tokenizer
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The transformers model; raises `ModelError` when the model runs natively."""
+        if self.backend.name != "torch":
+            raise ModelError(f"{str(self.path)!r} runs natively, without transformers; load it with engine='torch'")
+        model: PreTrainedModel = self.backend.model  # type: ignore[attr-defined]
+        return model
+
+    def generate(self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, **options: Any) -> str:
         """Return the text that follows `prompt`, without the prompt.
 
         Parameters
         ----------
         prompt
             Text, special tokens included where the model uses them; no chat template is applied.
-        max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos
-            See `secateur.runtime.generation.GenerationOptions`. The default takes the most likely token each time.
+        max_new_tokens, temperature
+            The default takes the most likely token each time.
+        **options
+            `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`, `stop`, `ignore_eos`: see
+            `secateur.runtime.options.GenerationOptions`.
 
         Raises
         ------
         ConfigError
             When an option cannot be used, the prompt is empty or too long for the model.
         """
-        options = {"top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop, "ignore_eos": ignore_eos}
-        return "".join(self.stream(prompt, max_new_tokens, temperature, **options))  # type: ignore[arg-type]
+        return "".join(self.stream(prompt, max_new_tokens, temperature, **options))
 
-    def stream(
-        self,
-        prompt: str,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        *,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-    ) -> Iterator[str]:
+    def stream(self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, **options: Any) -> Iterator[str]:
         """Return an iterator over the pieces of what `generate` returns, each as soon as it is certain.
 
         Pieces are whole characters and never empty. Takes and raises what `generate` does, before the first piece.
         """
-        from secateur.runtime import generation
+        from secateur.runtime import text
+        from secateur.runtime.options import make_options
 
-        options = generation.GenerationOptions(max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos)
-        prompt_ids = generation.encode_prompt(prompt, self.model, self.tokenizer, max_new_tokens)
-        end_ids = generation.end_of_sequence_ids(self.model, self.tokenizer)
-        token_ids = generation.generate_token_ids(self.model, prompt_ids, options, end_ids)
-        return generation.cut_at_stop(generation.decode_pieces(token_ids, self.tokenizer, prompt_ids), options.stop)
+        chosen = make_options({"max_new_tokens": max_new_tokens, "temperature": temperature, **options})
+        codec = self.backend.codec
+        prompt_ids = text.encode_prompt(prompt, codec, chosen.max_new_tokens, self.backend.max_positions)
+        token_ids = self.backend.generate(prompt_ids, chosen)
+        return text.cut_at_stop(text.decode_pieces(token_ids, codec, prompt_ids), chosen.stop)
 
 
-def load(path: str | Path, *, threads: int | None = None, device: str = "cpu") -> LoadedModel:
+def load(path: str | Path, *, threads: int | None = None, device: str = "cpu", engine: str = "auto") -> LoadedModel:
     """Open a sub-model or a base model for generation.
 
     Parameters
@@ -91,27 +111,65 @@ def load(path: str | Path, *, threads: int | None = None, device: str = "cpu") -
     path
         A folder, or any name that `resolve_model` accepts.
     threads
-        Threads that torch may use in this process; None leaves the setting as it is.
+        Threads that the model runs on; None means as many as this process may use.
     device
-        Where the weights are put, as torch names it.
+        Where the weights are put, as torch names it; anything but `cpu` is run by torch.
+    engine
+        `native` runs packed weights from the mapped file, for the families that it knows; `torch` unpacks them into a
+        transformers model; `auto` is `native` where it can be.
 
     Raises
     ------
     ModelError
-        When the model cannot be found or read.
+        When the model cannot be found or read, or `native` was asked for and does not run it.
     CheckpointError
-        When weights of the model are missing from its files, or have another shape than its config says.
+        When weights of the model are missing from its files, damaged, or have another shape than its config says.
     ConfigError
-        When `threads` or `device` cannot be used.
+        When `threads`, `device` or `engine` cannot be used.
     """
+    from secateur.models.source import resolve_model
+    from secateur.runtime.architecture import NotNativeError
+
+    if engine not in ENGINES:
+        raise ConfigError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
+    if engine == "native" and device != "cpu":
+        raise ConfigError(f"the native engine runs on the CPU, not on device {device!r}; use engine='torch'")
+    folder = resolve_model(str(path))
+    if engine != "torch" and device == "cpu":
+        from secateur.runtime.engine import open_native
+
+        try:
+            return LoadedModel(folder.path, open_native(folder, threads=threads))
+        except NotNativeError as error:
+            if engine == "native":
+                raise
+            logger.info("%s: %s; torch runs it", folder.name, error)
+            _warn_without_kernels()
+    return _load_torch(folder, threads, device)
+
+
+@functools.cache
+def _warn_without_kernels() -> None:
+    """Say once that the native code is missing: nothing else tells why generation is slow."""
+    from secateur.runtime.kernels import available
+
+    if not available():
+        warnings.warn(
+            "the native code of secateur is not installed, so torch runs the model, unpacked and slowly: install a C++ "
+            "compiler (g++ or clang++), then secateur again",
+            stacklevel=3,
+        )
+
+
+def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> LoadedModel:
     from secateur.models.device import checked_device, set_threads
-    from secateur.models.source import load_tokenizer, resolve_model
+    from secateur.models.source import load_tokenizer
+    from secateur.runtime.generation import TransformersBackend
 
     checked_device(device)
     if threads is not None:
         set_threads(threads)
-    folder = resolve_model(str(path))
-    return LoadedModel(folder.path, open_model(folder, device=device), load_tokenizer(folder))
+    return LoadedModel(folder.path, TransformersBackend(open_model(folder, device=device), load_tokenizer(folder)))
 
 
 def open_model(folder: "ModelFolder", *, device: str = "cpu") -> "PreTrainedModel":
@@ -156,9 +214,9 @@ def _find_damage(folder: "ModelFolder") -> None:
     from secateur.checkpoint.format import check_quantization_config, read_json
     from secateur.checkpoint.shards import read_shard
 
-    shapes = check_quantization_config(read_json(folder.path / "config.json").get("quantization_config"))
+    stored = check_quantization_config(read_json(folder.path / "config.json").get("quantization_config"))
     for shard in folder.weight_files():
-        read_shard(shard, shapes)
+        read_shard(shard, stored)
 
 
 def _check_report(folder: "ModelFolder", report: dict[str, Any]) -> None:

@@ -1,0 +1,98 @@
+// What the AVX-512 files share: loads that stop at the end of the values, nibbles, scales. Needs VNNI, VBMI2, VPOPCNTDQ
+// beside the basic sets: Ice Lake and Zen 4 onwards. Everything has internal linkage, because the linker keeps one copy
+// of a shared inline function, and code for AVX-512 must not stand in for code that runs everywhere.
+
+#ifndef SECATEUR_AVX512_H
+#define SECATEUR_AVX512_H
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512vpopcntdq,fma,bmi2,popcnt"))), apply_to = function)
+#else
+// Some of GCC 12's own intrinsics start from an undefined register.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512vpopcntdq,fma,bmi2,popcnt")
+#endif
+
+#define SCT_INLINE static inline __attribute__((always_inline))
+
+namespace sct {
+
+// avx512_tiles.cpp
+void avx512_tiles(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin, int64_t row_end);
+
+namespace {
+
+// The first `count` of 64, 32 or 16 lanes; any count.
+SCT_INLINE uint64_t first_lanes(int64_t count) {
+    return count >= 64 ? ~uint64_t{0} : count <= 0 ? 0 : ~uint64_t{0} >> (64 - count);
+}
+
+// 64 bytes of values; kGuard: none at or beyond `end`.
+template <bool kGuard>
+SCT_INLINE __m512i load_values(const uint8_t *at, const uint8_t *end) {
+    return kGuard ? _mm512_maskz_loadu_epi8(first_lanes(end - at), at) : _mm512_loadu_si512(at);
+}
+
+SCT_INLINE __m512 widen_bf16(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// sum + the products of four unsigned with four signed bytes in each lane. Not the intrinsic, for which GCC 12 copies
+// every sum of a large kernel around and spills some.
+SCT_INLINE __m512i add_products(__m512i sum, __m512i codes, __m512i x) {
+    __asm__("vpdpbusd %[x], %[codes], %[sum]" : [sum] "+v"(sum) : [codes] "v"(codes), [x] "v"(x));
+    return sum;
+}
+
+// Spreads `bytes` bytes of two nibbles over twice as many bytes, low nibble first. Writes up to 62 bytes more.
+template <bool kGuard>
+SCT_INLINE void unpack_nibbles(const uint8_t *from, int64_t bytes, const uint8_t *end, uint8_t *to) {
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int64_t i = 0; i < bytes; i += 32) {
+        __m256i packed = kGuard ? _mm256_maskz_loadu_epi8(static_cast<__mmask32>(first_lanes(end - from - i)), from + i)
+                                : _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + i));
+        __m512i wide = _mm512_cvtepu8_epi16(packed);
+        wide = _mm512_ternarylogic_epi32(wide, _mm512_slli_epi16(wide, 4), low, 0xa8);  // (a | b) & c
+        _mm512_storeu_si512(to + 2 * i, wide);
+    }
+}
+
+SCT_INLINE int64_t count_bits(const uint8_t *mask, int64_t words) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < words; i += 8) {
+        __mmask8 lanes = static_cast<__mmask8>(first_lanes(words - i));
+        sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_maskz_loadu_epi64(lanes, mask + 8 * i)));
+    }
+    return _mm512_reduce_add_epi64(sum);
+}
+
+// The weight scales of the 32 halves of words [word, word + 16) of a row; word is a multiple of 16. low: those of the
+// first 8 words if kNarrow, else those of all 16 words.
+template <bool kNarrow>
+SCT_INLINE void load_scales(const uint16_t *scales, int64_t groups, int32_t group_size, int64_t word, __m512 &low,
+                            __m512 &high) {
+    if (kNarrow) {
+        __mmask32 lanes = static_cast<__mmask32>(first_lanes(min64(groups - 2 * word, 32)));
+        __m512i bits = _mm512_maskz_loadu_epi16(lanes, scales + 2 * word);
+        low = widen_bf16(_mm512_castsi512_si256(bits));
+        high = widen_bf16(_mm512_extracti64x4_epi64(bits, 1));
+    } else if (group_size == 64) {
+        __mmask16 lanes = static_cast<__mmask16>(first_lanes(min64(groups - word, 16)));
+        low = high = widen_bf16(_mm256_maskz_loadu_epi16(lanes, scales + word));
+    } else {
+        __mmask16 lanes = static_cast<__mmask16>(first_lanes(min64(groups - word / 2, 8)));
+        const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+        low = high = _mm512_permutexvar_ps(twice, widen_bf16(_mm256_maskz_loadu_epi16(lanes, scales + word / 2)));
+    }
+}
+
+}  // namespace
+}  // namespace sct
+
+#endif

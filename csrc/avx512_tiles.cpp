@@ -1,0 +1,355 @@
+// AVX-512 for more than kDirectLimit input rows: rows of the weight are unpacked once into a tile where 16 of them lie
+// side by side, four columns of integers or one of floats in each lane, and a dense kernel with its sums in registers
+// runs over all input rows. A lane is a row here, so no sum crosses lanes.
+
+#if defined(__x86_64__)
+
+#include <initializer_list>
+
+#include "avx512.h"
+
+namespace sct {
+namespace {
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kIntegerWords = 32;  // words of a tile of integers: 64 rows of them are 128 KiB, which L2 holds
+constexpr int64_t kFloatWords = 8;     // the same of floats
+constexpr int64_t kMaxStrips = 4;      // strips of 16 rows
+constexpr int64_t kPitch = kIntegerWords * kWord + 64;  // between unpacked rows; no power of 2, which one set of L1 gets
+
+struct Scratch {
+    alignas(64) uint8_t tile[kMaxStrips * kLanes * kIntegerWords * kWord];
+    alignas(64) uint8_t rows[kLanes][kPitch];
+    alignas(64) uint8_t nibbles[2][kIntegerWords * kWord + 192];
+    alignas(64) float scales[kIntegerWords * 2][kMaxStrips * kLanes];  // a line for each word, or half of one
+};
+thread_local Scratch scratch;
+
+// Where a row's values go on: elements for integers, bytes for floats.
+using Positions = int64_t[kMaxStrips * kLanes];
+
+SCT_INLINE uint64_t word_bits(const sct_weight &w, const uint8_t *mask, int64_t word) {
+    return mask ? load_word(mask + 8 * word) : first_lanes(w.cols - word * kWord);
+}
+
+// Codes of words [begin, end) of a row as bytes, removed ones and those beyond the columns as the code of zero. Returns
+// the number of those that are kept.
+template <bool kGuard>
+SCT_INLINE int64_t expand_codes(const sct_weight &w, const uint8_t *codes, const uint8_t *limit, const uint8_t *mask,
+                             int64_t begin, int64_t end, uint8_t *out) {
+    const __m512i zero_code = _mm512_set1_epi8(static_cast<char>(code_offset(w.kind)));
+    const uint8_t *start = codes;
+    for (int64_t word = begin; word < end; ++word) {
+        uint64_t bits = word_bits(w, mask, word);
+        __m512i packed = load_values<kGuard>(codes, limit);
+        _mm512_store_si512(out + (word - begin) * kWord, _mm512_mask_expand_epi8(zero_code, bits, packed));
+        codes += __builtin_popcountll(bits);
+    }
+    return codes - start;
+}
+
+void unpack_codes(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t &position, uint8_t *out) {
+    const uint8_t *mask = mask_of(w, row), *limit = values_end(w), *codes = row_values(w, row);
+    int64_t most = (end - begin) * kWord;
+    if (w.kind == SCT_INT4) {
+        // All of a short row, at most what its part of the columns can hold.
+        const uint8_t *from = codes + position / 2;
+        int64_t odd = position & 1, bytes = min64(row_values(w, row + 1) - from, (odd + most + 1) / 2);
+        uint8_t *nibbles = scratch.nibbles[row & 1];
+        if (limit - from >= bytes + 31) {
+            unpack_nibbles<false>(from, bytes, limit, nibbles);
+        } else {
+            unpack_nibbles<true>(from, bytes, limit, nibbles);
+        }
+        position += expand_codes<false>(w, nibbles + odd, nullptr, mask, begin, end, out);
+    } else {
+        codes += position;
+        if (limit - codes >= most + 64) {
+            position += expand_codes<false>(w, codes, limit, mask, begin, end, out);
+        } else {
+            position += expand_codes<true>(w, codes, limit, mask, begin, end, out);
+        }
+    }
+}
+
+// Floats of words [begin, end) of a row, zeros where nothing was kept.
+void unpack_floats(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t &position, uint8_t *out) {
+    const uint8_t *mask = mask_of(w, row), *limit = values_end(w), *values = row_values(w, row) + position;
+    const uint8_t *start = values;
+    for (int64_t word = begin; word < end; ++word) {
+        uint64_t bits = word_bits(w, mask, word);
+        for (int half = 0; half < 2; ++half, bits >>= 32, out += 128) {
+            __mmask32 lanes = static_cast<__mmask32>(bits);
+            __m512i kept = _mm512_maskz_expand_epi16(lanes, load_values<true>(values, limit));
+            __m256i low = _mm512_castsi512_si256(kept), high = _mm512_extracti64x4_epi64(kept, 1);
+            bool bf16 = w.kind == SCT_BF16;
+            _mm512_store_ps(out, bf16 ? widen_bf16(low) : _mm512_cvtph_ps(low));
+            _mm512_store_ps(out + 64, bf16 ? widen_bf16(high) : _mm512_cvtph_ps(high));
+            values += 2 * __builtin_popcount(lanes);
+        }
+    }
+    position += values - start;
+}
+
+// Transposes 16 x 16 elements of 4 bytes: element j of line i comes to lane i of line j.
+SCT_INLINE void transpose(const uint8_t *from, int64_t pitch, uint8_t *to, int64_t to_pitch) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(from + i * pitch);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    // a[4 * g + j]: lines 4g..4g+3; its quarter q holds column 4q + j.
+    for (int j = 0; j < 4; ++j) {
+        b[j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+        b[4 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        b[8 + j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+        b[12 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+    }
+    for (int j = 0; j < 4; ++j) {
+        _mm512_store_si512(to + j * to_pitch, _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88));
+        _mm512_store_si512(to + (4 + j) * to_pitch, _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88));
+        _mm512_store_si512(to + (8 + j) * to_pitch, _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd));
+        _mm512_store_si512(to + (12 + j) * to_pitch, _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd));
+    }
+}
+
+// A stretch of memory that the next rows need, brought to L2 in as many steps as this tile has words.
+struct Ahead {
+    const uint8_t *at;
+    int64_t step;
+};
+
+// A tile: words [begin, end) of the rows from `row` on, `rows` of them, in strips of 16 lanes.
+struct Tile {
+    int64_t row, rows, strips, begin, end;
+    Ahead values, mask;
+};
+
+// Not inline: in the loop of integer_tile it would cost GCC 12 the registers of the sums.
+__attribute__((noinline)) void prefetch(const Tile &tile, int64_t word) {
+    for (const Ahead &ahead : {tile.values, tile.mask}) {
+        const char *at = reinterpret_cast<const char *>(ahead.at) + word * ahead.step;
+        for (int64_t i = 0; i < ahead.step; i += 64) _mm_prefetch(at + i, _MM_HINT_T1);
+    }
+}
+
+// What follows the rows of a tile, as much as they take themselves; a prefetch beyond the end does no harm.
+Ahead stretch(const uint8_t *begin, const uint8_t *end, int64_t words) {
+    return {end, begin ? ceil_div(end - begin, words) : 0};
+}
+
+void unpack_tile(const sct_weight &w, const Tile &tile, Positions &positions) {
+    bool integer = is_integer(w.kind);
+    int64_t lines = (tile.end - tile.begin) * (integer ? 16 : 64);
+    for (int64_t strip = 0; strip < tile.strips; ++strip) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            int64_t i = strip * kLanes + lane;
+            uint8_t *out = scratch.rows[lane];
+            if (i >= tile.rows) {
+                memset(out, 0, static_cast<size_t>(lines) * 4);  // computed, not stored
+            } else if (integer) {
+                unpack_codes(w, tile.row + i, tile.begin, tile.end, positions[i], out);
+            } else {
+                unpack_floats(w, tile.row + i, tile.begin, tile.end, positions[i], out);
+            }
+        }
+        for (int64_t line = 0; line < lines; line += 16) {
+            uint8_t *to = scratch.tile + (line * tile.strips + strip) * 64;
+            transpose(scratch.rows[0] + line * 4, kPitch, to, tile.strips * 64);
+        }
+    }
+}
+
+// Brings the scales of the tile's rows into lanes, for each word, or each half of one if kNarrow.
+template <bool kNarrow>
+void unpack_scales(const sct_weight &w, const Tile &tile) {
+    constexpr int64_t kEach = kNarrow ? 2 : 1;
+    int64_t groups = group_count(w), lines = (tile.end - tile.begin) * kEach;
+    for (int64_t strip = 0; strip < tile.strips; ++strip) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            int64_t i = strip * kLanes + lane;
+            float *out = reinterpret_cast<float *>(scratch.rows[lane]);
+            for (int64_t word = tile.begin; word < tile.end; word += 16, out += 16 * kEach) {
+                __m512 low = _mm512_setzero_ps(), high = low;
+                if (i < tile.rows) {
+                    load_scales<kNarrow>(w.scales + (tile.row + i) * groups, groups, w.group_size, word, low, high);
+                }
+                _mm512_store_ps(out, low);
+                if (kNarrow) _mm512_store_ps(out + 16, high);
+            }
+        }
+        for (int64_t line = 0; line < lines; line += 16) {
+            transpose(scratch.rows[0] + line * 4, kPitch, reinterpret_cast<uint8_t *>(scratch.scales[line] + strip * 16),
+                      sizeof scratch.scales[0]);
+        }
+    }
+}
+
+// Adds the sums of the tile to y, or begins with them.
+template <int R, int T>
+SCT_INLINE void store_tile(const __m512 (&sums)[T][R], const Tile &tile, float *y, int64_t y_stride) {
+    for (int t = 0; t < T; ++t) {
+        for (int r = 0; r < R; ++r) {
+            __mmask16 lanes = static_cast<__mmask16>(first_lanes(min64(tile.rows - r * kLanes, kLanes)));
+            float *at = y + t * y_stride + tile.row + r * kLanes;
+            __m512 sum = sums[t][r];
+            if (tile.begin) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, at));
+            _mm512_mask_storeu_ps(at, lanes, sum);
+        }
+    }
+}
+
+SCT_INLINE __m512i four_codes(const int8_t *at) {
+    int32_t four;
+    memcpy(&four, at, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+// R strips of integers times input rows [t0, t0 + T).
+template <int R, int T, bool kNarrow>
+void integer_tile(const sct_weight &w, const Tile &tile, const Input &in, int64_t t0, float *y, int64_t y_stride) {
+    constexpr int kParts = kNarrow ? 2 : 1;
+    const int32_t offset = code_offset(w.kind);
+    __m512 sums[T][R];
+    for (int t = 0; t < T; ++t) {
+        for (int r = 0; r < R; ++r) sums[t][r] = _mm512_setzero_ps();
+    }
+    const uint8_t *weights = scratch.tile;
+    for (int64_t word = tile.begin; word < tile.end; ++word) {
+        if (t0 == 0) prefetch(tile, word);
+        for (int part = 0; part < kParts; ++part) {
+            __m512i dots[T][R];
+            const int8_t *x = in.codes + (t0 * in.words + word) * kWord + part * kHalf;
+            const int32_t *half_sums = in.half_sums + 2 * (t0 * in.words + word);
+            for (int t = 0; t < T; ++t) {
+                const int32_t *halves = half_sums + 2 * t * in.words;
+                int32_t sum = kNarrow ? halves[part] : halves[0] + halves[1];
+                for (int r = 0; r < R; ++r) dots[t][r] = _mm512_set1_epi32(-offset * sum);
+            }
+#pragma GCC unroll 2
+            for (int quad = 0; quad < 16 / kParts; ++quad, weights += R * 64) {
+                __m512i lines[R];
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) lines[r] = _mm512_load_si512(weights + r * 64);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) {
+                    __m512i four = four_codes(x + t * in.words * kWord + quad * 4);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; ++r) dots[t][r] = add_products(dots[t][r], lines[r], four);
+                }
+            }
+            const float *scales = scratch.scales[(word - tile.begin) * kParts + part];
+            for (int t = 0; t < T; ++t) {
+                __m512 x_scale = _mm512_set1_ps(in.scales[(t0 + t) * in.words + word]);
+                for (int r = 0; r < R; ++r) {
+                    __m512 factor = _mm512_mul_ps(_mm512_load_ps(scales + r * kLanes), x_scale);
+                    sums[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t][r]), factor, sums[t][r]);
+                }
+            }
+        }
+    }
+    store_tile<R, T>(sums, tile, y + t0 * y_stride, y_stride);
+}
+
+template <int R, int T>
+void float_tile(const sct_weight &, const Tile &tile, const Input &in, int64_t t0, float *y, int64_t y_stride) {
+    __m512 sums[T][R];
+    for (int t = 0; t < T; ++t) {
+        for (int r = 0; r < R; ++r) sums[t][r] = _mm512_setzero_ps();
+    }
+    const uint8_t *weights = scratch.tile;
+    const float *x = in.floats + (t0 * in.words + tile.begin) * kWord;
+    for (int64_t column = 0; column < (tile.end - tile.begin) * kWord; ++column, weights += R * 64) {
+        __m512 lines[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) lines[r] = _mm512_load_ps(weights + r * 64);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            __m512 value = _mm512_set1_ps(x[t * in.words * kWord + column]);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) sums[t][r] = _mm512_fmadd_ps(lines[r], value, sums[t][r]);
+        }
+    }
+    store_tile<R, T>(sums, tile, y + t0 * y_stride, y_stride);
+}
+
+using TileFunction = void (*)(const sct_weight &, const Tile &, const Input &, int64_t, float *, int64_t);
+
+template <int R, int T>
+TileFunction choose_kind(const sct_weight &w) {
+    return !is_integer(w.kind) ? float_tile<R, T> : w.group_size == 32 ? integer_tile<R, T, true>
+                                                                     : integer_tile<R, T, false>;
+}
+
+// 32 rows for few input rows, because few rows are left to fill registers with; else 64.
+template <int R>
+TileFunction choose(const sct_weight &w, int64_t count) {
+    switch (count) {
+        case 1: return choose_kind<R, 1>(w);
+        case 2: return choose_kind<R, 2>(w);
+        case 3: return choose_kind<R, 3>(w);
+        case 4: return choose_kind<R, 4>(w);
+        case 5: return choose_kind<R, 5>(w);
+        case 6: return choose_kind<R, 6>(w);
+        case 7: return choose_kind<R, R == 2 ? 7 : 6>(w);
+        default: return choose_kind<R, R == 2 ? 8 : 6>(w);
+    }
+}
+
+// Input rows are taken in parts of nearly the same size.
+template <int R>
+void run(const sct_weight &w, const Tile &tile, const Input &in, float *y, int64_t y_stride) {
+    constexpr int64_t kMost = R == 2 ? 8 : 6;
+    int64_t parts = ceil_div(in.n, kMost);
+    for (int64_t part = 0; part < parts; ++part) {
+        int64_t begin = in.n * part / parts, end = in.n * (part + 1) / parts;
+        choose<R>(w, end - begin)(w, tile, in, begin, y, y_stride);
+    }
+}
+
+}  // namespace
+
+void avx512_tiles(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin,
+                  int64_t row_end) {
+    int64_t strips = in.n <= 16 ? 2 : kMaxStrips;
+    int64_t block = is_integer(w.kind) ? kIntegerWords : kFloatWords;
+    for (int64_t row = row_begin; row < row_end; row += strips * kLanes) {
+        Positions positions = {};
+        for (int64_t begin = 0; begin < in.words; begin += block) {
+            int64_t rows = min64(row_end - row, strips * kLanes), next = row + rows;
+            Tile tile = {row, rows, strips, begin, min64(in.words, begin + block), {nullptr, 0}, {nullptr, 0}};
+            if (next < row_end) {
+                tile.values = stretch(row_values(w, row), row_values(w, next), in.words);
+                tile.mask = stretch(mask_of(w, row), mask_of(w, next), in.words);
+            }
+            unpack_tile(w, tile, positions);
+            if (w.group_size == 32) {
+                unpack_scales<true>(w, tile);
+            } else if (w.group_size) {
+                unpack_scales<false>(w, tile);
+            }
+            if (strips == 2) {
+                run<2>(w, tile, in, y, y_stride);
+            } else {
+                run<4>(w, tile, in, y, y_stride);
+            }
+        }
+    }
+}
+
+}  // namespace sct
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,110 @@
+// Activations in the forms that the kernels read: padded floats, and signed bytes with a scale for each 64 columns.
+
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace sct {
+
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+size_t padded(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Stands at the first aligned address of a buffer.
+struct Header {
+    int64_t cols, n;
+    int forms;
+};
+
+}  // namespace
+
+Input input_layout(void *buffer, int64_t cols, int64_t n, int forms) {
+    Input in = {};
+    in.cols = cols;
+    in.n = n;
+    in.words = word_count(cols);
+    in.forms = forms;
+    size_t start = padded(reinterpret_cast<uintptr_t>(buffer)) - reinterpret_cast<uintptr_t>(buffer);
+    size_t used = padded(sizeof(Header));
+    auto take = [&](auto *&part, bool wanted, int64_t elements_of_a_word) {
+        if (!wanted) return;
+        if (buffer) {
+            void *place = static_cast<char *>(buffer) + start + used;
+            part = static_cast<std::remove_reference_t<decltype(part)>>(place);
+        }
+        used += padded(sizeof *part * static_cast<size_t>(n * in.words * elements_of_a_word));
+    };
+    bool with_floats = forms & SCT_FORM_FLOAT, with_integers = forms & SCT_FORM_INTEGER, direct = n <= kDirectLimit;
+    take(in.floats, with_floats, kWord);
+    take(in.split, with_floats && direct, kWord);
+    take(in.codes, with_integers, kWord);
+    take(in.scales, with_integers, 1);
+    take(in.half_sums, with_integers, 2);
+    take(in.corrections[0], with_integers && direct, 16);
+    take(in.corrections[1], with_integers && direct, 16);
+    in.bytes = used + kAlignment;
+    return in;
+}
+
+Input input_view(const void *buffer) {
+    uintptr_t start = padded(reinterpret_cast<uintptr_t>(buffer));
+    const Header *header = reinterpret_cast<const Header *>(start);
+    return input_layout(const_cast<void *>(buffer), header->cols, header->n, header->forms);
+}
+
+namespace {
+
+void prepare_floats(const Input &in, const float *x, int64_t t) {
+    int64_t width = in.words * kWord;
+    float *floats = in.floats + t * width;
+    memcpy(floats, x, sizeof(float) * static_cast<size_t>(in.cols));
+    for (int64_t i = in.cols; i < width; ++i) floats[i] = 0;
+    if (!in.split) return;
+    float *split = in.split + t * width;
+    for (int64_t begin = 0; begin < width; begin += 32) {
+        for (int64_t i = 0; i < 16; ++i) {
+            split[begin + i] = floats[begin + 2 * i];
+            split[begin + 16 + i] = floats[begin + 2 * i + 1];
+        }
+    }
+}
+
+void prepare_integers(const Input &in, const float *x, int64_t t) {
+    int8_t *codes = in.codes + t * in.words * kWord;
+    active_kernels().quantize(x, in.cols, codes, in.scales + t * in.words, in.half_sums + t * in.words * 2);
+    if (!in.corrections[0]) return;
+    for (int64_t quad = 0; quad < in.words * 16; ++quad) {
+        const int8_t *c = codes + quad * 4;
+        int32_t sum = c[0] + c[1] + c[2] + c[3];
+        in.corrections[0][t * in.words * 16 + quad] = -code_offset(SCT_INT8) * sum;
+        in.corrections[1][t * in.words * 16 + quad] = -code_offset(SCT_INT4) * sum;
+    }
+}
+
+}  // namespace
+
+}  // namespace sct
+
+extern "C" size_t sct_input_bytes(int64_t cols, int64_t n, int forms) {
+    return sct::input_layout(nullptr, cols, n, forms).bytes;
+}
+
+extern "C" void sct_input_begin(void *buffer, int64_t n, int64_t cols, int forms) {
+    uintptr_t start = sct::padded(reinterpret_cast<uintptr_t>(buffer));
+    *reinterpret_cast<sct::Header *>(start) = {cols, n, forms};
+}
+
+extern "C" void sct_input_rows(void *buffer, const float *x, int64_t stride, int64_t begin, int64_t end) {
+    sct::Input in = sct::input_view(buffer);
+    for (int64_t t = begin; t < end; ++t) {
+        if (in.floats) sct::prepare_floats(in, x + t * stride, t);
+        if (in.codes) sct::prepare_integers(in, x + t * stride, t);
+    }
+}
+
+extern "C" void sct_input_prepare(void *buffer, const float *x, int64_t stride, int64_t n, int64_t cols, int forms) {
+    sct_input_begin(buffer, n, cols, forms);
+    sct_input_rows(buffer, x, stride, 0, n);
+}

@@ -1,0 +1,224 @@
+"""How fast a sub-model runs, and how much memory it takes, beside its peers in the same run.
+
+Peers alternate question by question, each in a process of its own, and every figure is the median over rounds: what
+else the machine does then falls on all of them. The memory bandwidth is measured in the same run, because it bounds
+decoding.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from secateur.errors import ConfigError
+from secateur.evaluation.speed_peers import Peer, find_peer
+from secateur.evaluation.speed_worker import Worker
+
+DECODE_PROMPT = 64  # tokens before those whose decoding is timed
+BUSY = 0.15  # share of the processors that others may use before the figures are called into question
+BANDWIDTH_BYTES = 400_000_000  # more than any cache
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one model gave.
+
+    Attributes
+    ----------
+    name, kind
+        What it is, and what ran it.
+    disk_mb
+        Bytes of its files, in millions.
+    load_seconds
+        From the start of its process to the first question.
+    resident_mb, private_mb
+        Memory after all questions: all of it, and without pages of mapped files, which processes share.
+    tokens_per_second
+        For each question, such as `prefill 512` or `decode x8`, the figures of all rounds.
+    """
+
+    name: str
+    kind: str
+    disk_mb: float
+    load_seconds: float
+    resident_mb: float
+    private_mb: float
+    tokens_per_second: Mapping[str, tuple[float, ...]]
+
+    def median(self, question: str) -> float | None:
+        """Return the median over rounds; None where the question was not put."""
+        found = self.tokens_per_second.get(question)
+        return statistics.median(found) if found else None
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """All models of one run, the sub-model first.
+
+    Attributes
+    ----------
+    bandwidth_gb_per_second
+        Read bandwidth of memory with the same threads, for each round; empty without the native code.
+    busy
+        Highest share of the processors that other programs used between questions.
+    """
+
+    models: tuple[Speed, ...]
+    threads: int
+    rounds: int
+    bandwidth_gb_per_second: tuple[float, ...]
+    busy: float
+    machine: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return asdict(self)
+
+
+def benchmark(
+    submodel: str | Path,
+    against: Sequence[str] = (),
+    *,
+    threads: int | None = None,
+    rounds: int = 3,
+    prompt_lengths: Sequence[int] = (128, 512),
+    new_tokens: int = 128,
+    batch: int = 8,
+    progress: Progress = lambda *_: None,
+) -> SpeedReport:
+    """Time a sub-model and its peers.
+
+    Parameters
+    ----------
+    submodel
+        A folder, or any model that the native engine or torch runs.
+    against
+        Peers as `find_peer` reads them.
+    threads
+        For every model; None means as many as this process may use.
+    rounds
+        How often every question is put to every model.
+    prompt_lengths
+        Tokens of the prompts whose reading is timed.
+    new_tokens
+        Tokens of each sequence whose decoding is timed.
+    batch
+        Sequences that are decoded together in a question of its own; 1 leaves it out.
+
+    Raises
+    ------
+    ConfigError
+        When a number cannot be, or a peer is not known.
+    SecateurError
+        When a model cannot be loaded.
+    """
+    if rounds < 1 or new_tokens < 1 or batch < 1 or min(prompt_lengths, default=1) < 1:
+        raise ConfigError("rounds, prompt lengths, new tokens and batch have to be at least 1")
+    count = threads or len(os.sched_getaffinity(0))
+    path = Path(submodel)
+    peers = [_subject(str(submodel)), *(find_peer(spec, path) for spec in against)]
+    questions = _questions(prompt_lengths, new_tokens, batch)
+    found: list[dict[str, list[float]]] = [{} for _ in peers]
+    bandwidth: list[float] = []
+    busy = 0.0
+    with ExitStack() as stack:
+        workers: list[Worker] = []
+        for peer in peers:
+            progress(f"loading {peer.name}", len(workers), len(peers))
+            worker = Worker(peer.kind, peer.path, count)
+            stack.callback(worker.close)
+            workers.append(worker)
+        total = rounds * len(questions)
+        for number in range(total):
+            name, question = list(questions.items())[number % len(questions)]
+            progress(name, number, total)
+            busy = max(busy, psutil.cpu_percent(interval=0.2) / 100)
+            bandwidth += _bandwidth(count) if number % len(questions) == 0 else []
+            for index, worker in enumerate(workers):
+                if peers[index].kind == "llama.cpp" and question.get("batch", 1) > 1:
+                    continue
+                seconds = worker.ask(seed=number, **question)["seconds"]
+                tokens = question.get("count", question["length"]) * question.get("batch", 1)
+                found[index].setdefault(name, []).append(tokens / seconds)
+        memory = [worker.ask("memory") for worker in workers]
+        speeds = tuple(
+            Speed(
+                peer.name,
+                peer.kind,
+                _disk_mb(peer.path),
+                worker.loaded["load_seconds"],
+                used["resident_mb"],
+                used["private_mb"],
+                {name: tuple(values) for name, values in figures.items()},
+            )
+            for peer, worker, used, figures in zip(peers, workers, memory, found, strict=True)
+        )
+    return SpeedReport(speeds, count, rounds, tuple(bandwidth), busy, _machine())
+
+
+def _subject(name: str) -> Peer:
+    """Return how the model itself is run: natively where that is possible."""
+    from secateur.models.source import resolve_model
+    from secateur.runtime.architecture import NotNativeError
+    from secateur.runtime.engine import native_architecture
+
+    kind = "native"
+    try:
+        native_architecture(resolve_model(name))
+    except NotNativeError:
+        kind = "torch"
+    return Peer(Path(name).name, kind, name)
+
+
+def _questions(prompt_lengths: Sequence[int], new_tokens: int, batch: int) -> dict[str, dict[str, Any]]:
+    questions: dict[str, dict[str, Any]] = {
+        f"prefill {length}": {"question": "prefill", "length": length} for length in prompt_lengths
+    }
+    for size in sorted({1, batch}):
+        name = "decode" if size == 1 else f"decode x{size}"
+        questions[name] = {"question": "decode", "length": DECODE_PROMPT, "count": new_tokens, "batch": size}
+    return questions
+
+
+def _bandwidth(threads: int) -> list[float]:
+    """Return the read bandwidth in GB/s, or nothing where the native code is missing."""
+    from secateur.runtime.kernels import Pool, available, read_memory
+
+    if not available():
+        return []
+    memory, pool = np.ones(BANDWIDTH_BYTES, dtype=np.uint8), Pool(threads)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        read_memory(memory, pool)
+        seconds.append(time.perf_counter() - start)
+    return [memory.nbytes / min(seconds) / 1e9]
+
+
+def _disk_mb(path: str) -> float:
+    from secateur.models.source import resolve_model
+
+    if path.endswith(".gguf"):
+        return Path(path).stat().st_size / 1e6
+    folder = resolve_model(path).path
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
+
+
+def _machine() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} logical processors, {platform.system()}"

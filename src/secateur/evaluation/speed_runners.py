@@ -1,0 +1,163 @@
+"""Models that can be timed: ours, natively or through torch, and llama.cpp, behind one interface.
+
+A runner lives in a process of its own (see speed_worker), so that memory is its own and nobody's threads disturb it.
+Tokens are counted as emitted; text is not decoded.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from secateur.errors import ConfigError, SecateurError
+
+
+class Runner(Protocol):
+    """A loaded model."""
+
+    vocabulary: int
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """Read a prompt into an empty context; return the seconds until the logits after it are there."""
+
+    def decode(self, prompts: Sequence[Sequence[int]], count: int) -> float:
+        """Read the prompts, one for each sequence, then return the seconds that `count` greedy tokens of each take."""
+
+
+class NativeRunner:
+    """The native engine."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        from secateur.models.source import resolve_model
+        from secateur.runtime.engine import open_native
+
+        self.model = open_native(resolve_model(path), threads=threads).model
+        self.vocabulary = self.model.architecture.vocabulary
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """See `Runner`."""
+        from secateur.runtime.native_model import NativeSequence
+
+        start = time.perf_counter()
+        self._read(NativeSequence(self.model, len(prompt)), prompt)
+        return time.perf_counter() - start
+
+    def decode(self, prompts: Sequence[Sequence[int]], count: int) -> float:
+        """See `Runner`."""
+        from secateur.runtime.native_model import NativeSequence
+        from secateur.runtime.options import GenerationOptions
+        from secateur.runtime.sampling import Sampler
+
+        sampler = Sampler(GenerationOptions())
+        sequences = [NativeSequence(self.model, len(prompt) + count) for prompt in prompts]
+        tokens = [
+            sampler.choose(self._read(sequence, prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)
+        ]
+        wants = [True] * len(prompts)
+        start = time.perf_counter()
+        for _ in range(count):
+            logits = self.model.forward(tokens, sequences, wants)
+            tokens = [sampler.choose(row) for row in logits]
+        return time.perf_counter() - start
+
+    def _read(self, sequence: Any, prompt: Sequence[int]) -> Any:
+        wants = [False] * (len(prompt) - 1) + [True]
+        return self.model.forward(prompt, [sequence] * len(prompt), wants)[0]
+
+
+class TorchRunner:
+    """transformers and torch: in the stored precision, or with linears in int8 (dynamic quantisation)."""
+
+    def __init__(self, path: str, threads: int, *, int8: bool = False) -> None:
+        import torch
+
+        from secateur.models.source import resolve_model
+        from secateur.runtime.loading import open_model
+
+        torch.set_num_threads(threads)
+        model: Any = open_model(resolve_model(path))
+        if int8:
+            from torch.ao import quantization
+
+            quantize_dynamic: Any = quantization.quantize_dynamic
+            model = quantize_dynamic(model.float(), {torch.nn.Linear}, dtype=torch.qint8)
+        self.model = model
+        self.vocabulary = int(model.config.vocab_size)
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """See `Runner`."""
+        start = time.perf_counter()
+        self._step([prompt], None)
+        return time.perf_counter() - start
+
+    def decode(self, prompts: Sequence[Sequence[int]], count: int) -> float:
+        """See `Runner`."""
+        tokens, cache = self._step(prompts, None)
+        start = time.perf_counter()
+        for _ in range(count):
+            tokens, cache = self._step(tokens, cache)
+        return time.perf_counter() - start
+
+    def _step(self, tokens: Sequence[Sequence[int]], cache: Any) -> tuple[list[list[int]], Any]:
+        import torch
+
+        with torch.inference_mode():
+            output = self.model(input_ids=torch.tensor(tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].argmax(-1, keepdim=True).tolist(), output.past_key_values
+
+
+class LlamaCppRunner:
+    """llama.cpp through llama-cpp-python, an extra; `path` is a GGUF file."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        try:
+            import llama_cpp
+        except ImportError:
+            raise ConfigError(
+                "llama.cpp is compared through llama-cpp-python, which is not installed: pip install 'secateur[peers]'"
+            ) from None
+        self.model: Any = llama_cpp.Llama(
+            path, n_ctx=4096, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False
+        )
+        self.vocabulary = int(self.model.n_vocab())
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """See `Runner`."""
+        self.model.reset()
+        start = time.perf_counter()
+        self.model.eval(list(prompt))
+        self._choose()
+        return time.perf_counter() - start
+
+    def decode(self, prompts: Sequence[Sequence[int]], count: int) -> float:
+        """See `Runner`; one sequence only."""
+        if len(prompts) != 1:
+            raise ConfigError("llama.cpp is timed with one sequence at a time")
+        self.prefill(prompts[0])
+        start = time.perf_counter()
+        for _ in range(count):
+            self.model.eval([self._choose()])
+        return time.perf_counter() - start
+
+    def _choose(self) -> int:
+        # Reading the logits ends the computation, which llama.cpp leaves running.
+        import llama_cpp
+
+        logits = llama_cpp.llama_get_logits(self.model._ctx.ctx)
+        return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
+
+
+RUNNERS: dict[str, Callable[[str, int], Runner]] = {
+    "native": NativeRunner,
+    "torch": TorchRunner,
+    "torch-int8": lambda path, threads: TorchRunner(path, threads, int8=True),
+    "llama.cpp": LlamaCppRunner,
+}
+
+
+def open_runner(kind: str, path: str, threads: int) -> Runner:
+    """Load a model; raises `SecateurError` when it cannot be had."""
+    if kind not in RUNNERS:
+        raise SecateurError(f"there is no engine {kind!r} to time: known are {', '.join(RUNNERS)}")
+    return RUNNERS[kind](path, threads)

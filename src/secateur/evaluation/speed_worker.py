@@ -1,0 +1,111 @@
+"""One model in a process of its own, told over pipes what to time: a JSON object a line in, one a line out.
+
+Run by `Worker`, as `python -m secateur.evaluation.speed_worker KIND PATH THREADS`. Token ids are random: speed does not
+depend on what the text says.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import psutil
+
+from secateur.errors import SecateurError
+
+MB = 1e6
+
+
+class Worker:
+    """The parent's end: starts the process and asks it, one question at a time.
+
+    Raises
+    ------
+    SecateurError
+        When the process cannot load its model, or ends unexpectedly.
+    """
+
+    def __init__(self, kind: str, path: str, threads: int) -> None:
+        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": str(threads)}
+        self.name = f"{kind} {path}"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "secateur.evaluation.speed_worker", kind, path, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.loaded = self._answer()
+
+    def ask(self, question: str, **options: Any) -> dict[str, Any]:
+        """Return the answer to one of `prefill`, `decode` and `memory`."""
+        if self._process.stdin is not None:
+            self._process.stdin.write(json.dumps({"question": question, **options}) + "\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        while self._process.stdout is not None and (line := self._process.stdout.readline()):
+            if not line.startswith("{"):  # what a library prints
+                continue
+            answer: dict[str, Any] = json.loads(line)
+            if "error" in answer:
+                raise SecateurError(f"{self.name}: {answer['error']}")
+            return answer
+        _, errors = self._process.communicate()
+        last = errors.strip().splitlines()[-1:] or ["no message"]
+        raise SecateurError(f"{self.name} ended while it was timed: {last[0]}")
+
+
+def _prompt(vocabulary: int, length: int, seed: int) -> list[int]:
+    found: list[int] = np.random.default_rng(seed).integers(0, vocabulary, length).tolist()
+    return found
+
+
+def _memory() -> dict[str, float]:
+    """Return resident MB, and those of them that are not pages of mapped files."""
+    info = psutil.Process().memory_info()
+    return {"resident_mb": info.rss / MB, "private_mb": (info.rss - getattr(info, "shared", 0)) / MB}
+
+
+def main(kind: str, path: str, threads: int) -> None:
+    """Load, then answer until the pipe closes."""
+    started = psutil.Process().create_time()
+    try:
+        from secateur.evaluation.speed_runners import open_runner
+
+        runner = open_runner(kind, path, threads)
+    except SecateurError as error:
+        _say({"error": str(error)})
+        return
+    _say({"load_seconds": time.time() - started, **_memory()})
+    for line in sys.stdin:
+        asked: Mapping[str, Any] = json.loads(line)
+        if asked["question"] == "memory":
+            _say(_memory())
+        elif asked["question"] == "prefill":
+            _say({"seconds": runner.prefill(_prompt(runner.vocabulary, asked["length"], asked["seed"]))})
+        else:
+            prompts = [
+                _prompt(runner.vocabulary, asked["length"], asked["seed"] + index) for index in range(asked["batch"])
+            ]
+            _say({"seconds": runner.decode(prompts, asked["count"])})
+
+
+def _say(answer: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,114 @@
+"""Timing on tiny models: that the questions are put and the answers add up, not how fast anything is."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from secateur.errors import ConfigError, SecateurError
+from secateur.evaluation.speed import Speed, SpeedReport, benchmark
+from secateur.evaluation.speed_peers import find_peer
+from secateur.evaluation.speed_tables import render
+from secateur.evaluation.speed_worker import Worker
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("models") / "parent", "qwen2")
+
+
+@pytest.fixture
+def submodel(model, tmp_path):
+    """A folder that says what it was derived from; a parent is all that peers ask of it."""
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "secateur.json").write_text(json.dumps({"base_model": {"name": str(model)}}))
+    return tmp_path
+
+
+def test_every_question_is_put_to_every_model_in_every_round(submodel):
+    steps = []
+    report = benchmark(
+        submodel,
+        ["torch"],
+        threads=1,
+        rounds=2,
+        prompt_lengths=(8, 20),
+        new_tokens=3,
+        batch=2,
+        progress=lambda text, done, total: steps.append((done, total)),
+    )
+    assert [(speed.name, speed.kind) for speed in report.models] == [
+        (submodel.name, "native"),
+        ("parent, torch", "torch"),
+    ]
+    for speed in report.models:
+        assert set(speed.tokens_per_second) == {"prefill 8", "prefill 20", "decode", "decode x2"}
+        assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in speed.tokens_per_second.values())
+        assert speed.resident_mb > speed.private_mb > 1
+        assert speed.load_seconds > 0.01
+        assert speed.disk_mb == pytest.approx(sum(f.stat().st_size for f in submodel.iterdir()) / 1e6, rel=0.05)
+    assert len(report.bandwidth_gb_per_second) == 2
+    assert steps[-1] == (7, 8)
+    assert json.loads(json.dumps(report.to_dict()))["threads"] == 1
+
+
+def report_of(*models: Speed, busy: float = 0.0) -> SpeedReport:
+    return SpeedReport(models, 2, 3, (10.0, 12.0, 11.0), busy, "a machine")
+
+
+OURS = Speed("sub", "native", 300.4, 0.51, 400.0, 90.0, {"decode": (10.0, 40.0, 20.0), "decode x8": (90.0,)})
+PEER = Speed("llama.cpp Q8_0", "llama.cpp", 676.0, 1.5, 700.0, 50.0, {"decode": (10.0, 8.0, 30.0)})
+
+
+def test_table_shows_medians_and_how_many_times_as_fast():
+    lines = render(report_of(OURS, PEER)).splitlines()
+    assert lines[0].split() == ["sub", "llama.cpp", "Q8_0"]
+    assert lines[2].split() == ["decode,", "tokens/s", "20.0", "10.0", "(x2.00)"]
+    assert lines[3].split() == ["decode", "x8,", "tokens/s", "90.0", "-"]
+    assert "memory bandwidth, read: 11.0 GB/s" in lines[-1]
+
+
+def test_busy_machine_is_called_busy():
+    assert "too busy to measure" in render(report_of(OURS, busy=0.4))
+    assert "too busy" not in render(report_of(OURS, busy=0.05))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("vllm", "no peer 'vllm': known are native, torch"),
+        ("torch:x", "no peer 'torch:x'"),
+        ("llama.cpp:Q9", "needs the parent as a GGUF"),
+        ("llama.cpp", "name one as llama.cpp:FILE.gguf"),
+    ],
+)
+def test_peers_that_are_not_known(submodel, spec, message):
+    with pytest.raises(ConfigError, match=message):
+        find_peer(spec, submodel)
+
+
+def test_peers(submodel, tmp_path):
+    gguf = tmp_path / "parent.gguf"
+    gguf.write_bytes(b"GGUF")
+    assert find_peer(f"llama.cpp:{gguf}", submodel).path == str(gguf)
+    (submodel / "secateur.json").write_text(json.dumps({"base_model": {"name": str(gguf)}}))
+    assert find_peer("llama.cpp", submodel).path == str(gguf)
+    assert find_peer("native", submodel).path == str(gguf)
+    (submodel / "secateur.json").write_text("{}")
+    with pytest.raises(ConfigError, match="does not say what it was derived from"):
+        find_peer("native", submodel)
+
+
+def test_a_model_that_cannot_be_loaded_is_one_clear_error(tmp_path):
+    with pytest.raises(SecateurError, match="there is no model"):
+        Worker("native", str(tmp_path / "nothing"), 1)
+    with pytest.raises(SecateurError, match="no engine 'abacus'"):
+        Worker("abacus", "demo", 1)
+
+
+@pytest.mark.parametrize("options", [{"rounds": 0}, {"new_tokens": 0}, {"batch": 0}, {"prompt_lengths": (8, 0)}])
+def test_numbers_that_cannot_be(submodel, options):
+    with pytest.raises(ConfigError, match="at least 1"):
+        benchmark(Path(submodel), **options)
