@@ -87,4 +87,4 @@ bench: $(STAMP) ## Measure what a derivation costs, on an idle machine.
 clean: ## Remove .venv, the demo's output, and everything that tools have left.
 	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
-	rm -rf src/*.egg-info
+	rm -rf src/*.egg-info src/secateur/runtime/_kernels.so

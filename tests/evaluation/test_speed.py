@@ -23,7 +23,7 @@ def submodel(model, tmp_path):
     """A folder that says what it was derived from; a parent is all that peers ask of it."""
     for file in model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "secateur.json").write_text(json.dumps({"base_model": {"name": str(model)}}))
+    (tmp_path / "secateur.json").write_text(json.dumps({"recipe": {"model": str(model)}}))
     return tmp_path
 
 
@@ -93,7 +93,7 @@ def test_peers(submodel, tmp_path):
     gguf = tmp_path / "parent.gguf"
     gguf.write_bytes(b"GGUF")
     assert find_peer(f"llama.cpp:{gguf}", submodel).path == str(gguf)
-    (submodel / "secateur.json").write_text(json.dumps({"base_model": {"name": str(gguf)}}))
+    (submodel / "secateur.json").write_text(json.dumps({"recipe": {"model": str(gguf)}}))
     assert find_peer("llama.cpp", submodel).path == str(gguf)
     assert find_peer("native", submodel).path == str(gguf)
     (submodel / "secateur.json").write_text("{}")

@@ -53,7 +53,8 @@ def find_peer(spec: str, submodel: Path) -> Peer:
 
 def _parent(submodel: Path) -> str:
     manifest: dict[str, Any] = read_json(submodel / MANIFEST)
-    name = manifest.get("base_model", {}).get("name")
+    recipe = manifest.get("recipe")
+    name = recipe.get("model") if isinstance(recipe, dict) else None
     if not isinstance(name, str):
         raise ConfigError(f"{str(submodel)!r} does not say what it was derived from; time it without peers")
     return name
@@ -78,6 +79,8 @@ def _quantised(gguf: Path, quantisation: str) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    silence = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silence, None)
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantisation}")
     options.allow_requantize = True

@@ -6,6 +6,7 @@ depend on what the text says.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,8 +64,11 @@ class Worker:
                 raise SecateurError(f"{self.name}: {answer['error']}")
             return answer
         _, errors = self._process.communicate()
-        last = errors.strip().splitlines()[-1:] or ["no message"]
-        raise SecateurError(f"{self.name} ended while it was timed: {last[0]}")
+        code = self._process.returncode
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        raise SecateurError(
+            f"{self.name} ended while it was timed, with {how}: {errors.strip()[-200:] or 'no message'}"
+        )
 
 
 def _prompt(vocabulary: int, length: int, seed: int) -> list[int]:
