@@ -21,6 +21,7 @@ import psutil
 from secateur.errors import ConfigError
 from secateur.evaluation.speed_peers import Peer, find_peer
 from secateur.evaluation.speed_worker import Worker
+from secateur.runtime.threads import usable_threads
 
 DECODE_PROMPT = 64  # tokens before those whose decoding is timed
 BUSY = 0.15  # share of the processors that others may use before the figures are called into question
@@ -124,7 +125,7 @@ def benchmark(
     """
     if rounds < 1 or new_tokens < 1 or batch < 1 or min(prompt_lengths, default=1) < 1:
         raise ConfigError("rounds, prompt lengths, new tokens and batch have to be at least 1")
-    count = threads or len(os.sched_getaffinity(0))
+    count = threads or usable_threads()
     path = Path(submodel)
     peers = [_subject(str(submodel)), *(find_peer(spec, path) for spec in against)]
     questions = _questions(prompt_lengths, new_tokens, batch)

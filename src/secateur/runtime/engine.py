@@ -4,7 +4,6 @@ Needs neither torch nor transformers: a folder is ready in well under a second w
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
@@ -21,6 +20,7 @@ from secateur.runtime.kernels import available
 from secateur.runtime.native_model import NativeModel, NativeSequence
 from secateur.runtime.options import GenerationOptions
 from secateur.runtime.sampling import Sampler
+from secateur.runtime.threads import usable_threads
 
 if TYPE_CHECKING:
     from secateur.models.source import ModelFolder
@@ -146,7 +146,7 @@ def open_native(folder: "ModelFolder", *, threads: int | None = None) -> NativeB
     config = _read_json(folder, "config.json")
     stored = check_quantization_config(config["quantization_config"]) if folder.is_submodel() else None
     codec, end_ids = _read_tokenizer(folder, config)
-    model = NativeModel(architecture, folder.weight_files(), stored, threads or len(os.sched_getaffinity(0)))
+    model = NativeModel(architecture, folder.weight_files(), stored, threads or usable_threads())
     return NativeBackend(model, codec, end_ids)
 
 
