@@ -70,9 +70,13 @@ sct_sequence *sct_sequence_create(const sct_model *model, int64_t capacity) {
     const int64_t head_size = rounded * shape.head_dim;
     auto sequence = std::unique_ptr<sct_sequence>(new (std::nothrow) sct_sequence);
     if (!sequence) return nullptr;
+    size_t entries;
+    if (__builtin_mul_overflow(static_cast<size_t>(2 * shape.blocks * shape.kv_heads), static_cast<size_t>(head_size),
+                               &entries))
+        return nullptr;
     // calloc, because fresh pages from the system are zero without being touched.
     sequence->memory.reset(static_cast<uint16_t *>(
-        std::calloc(static_cast<size_t>(2 * shape.blocks * shape.kv_heads) * head_size, sizeof(uint16_t))));
+        std::calloc(entries, sizeof(uint16_t))));
     if (!sequence->memory) return nullptr;
     sequence->capacity = capacity;
     sequence->head_size = head_size;

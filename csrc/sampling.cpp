@@ -102,7 +102,7 @@ extern "C" int32_t sct_sample(float *logits, int64_t vocabulary, const sct_sampl
         int64_t best = 0;
         bool damaged = false;
         for (int64_t i = 0; i < vocabulary; i++) {
-            damaged |= std::isnan(logits[i]);
+            damaged |= std::isnan(logits[i]) || logits[i] == INFINITY;
             if (logits[i] > logits[best]) best = i;
         }
         if (damaged) return -1;

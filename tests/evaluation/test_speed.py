@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from secateur.errors import ConfigError, SecateurError
 from secateur.evaluation.speed import Speed, SpeedReport, benchmark
@@ -112,3 +113,18 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_error(tmp_path):
 def test_numbers_that_cannot_be(submodel, options):
     with pytest.raises(ConfigError, match="at least 1"):
         benchmark(Path(submodel), **options)
+
+
+def test_a_worker_that_dies_is_named(model):
+    worker = Worker("native", str(model), 1)
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(SecateurError, match="ended while it was timed, with signal SIGKILL"):
+        worker.ask("memory")
+    worker.close()
+
+
+def test_what_loads_through_torch_is_timed_through_torch(tmp_path):
+    folder = save_tiny(tmp_path / "float32", "llama", dtype=torch.float32)
+    report = benchmark(folder, threads=1, rounds=1, prompt_lengths=(4,), new_tokens=2, batch=1)
+    assert report.models[0].kind == "torch"

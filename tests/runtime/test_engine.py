@@ -1,16 +1,19 @@
 """The native engine against transformers in float32, on tiny models of each family that it runs."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from secateur.config import make_recipe
@@ -23,7 +26,7 @@ from secateur.runtime.loading import LoadedModel, load
 from secateur.runtime.mapped import MappedFile
 from secateur.runtime.native_model import NativeSequence
 from secateur.runtime.options import GenerationOptions
-from tests.tiny import EOS, save_tiny
+from tests.tiny import BOS, EOS, save_tiny
 
 NATIVE = ("llama", "mistral", "qwen2", "qwen3")
 LLAMA3 = {
@@ -34,6 +37,7 @@ VARIANTS = {
     **{family: (family, {}) for family in NATIVE},
     "llama3 scaling": ("llama", {"rope_parameters": LLAMA3}),
     "linear scaling": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "large epsilon": ("llama", {"rms_norm_eps": 0.1}),
     "all biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "one head for each": ("llama", {"num_key_value_heads": 4}),
     "one head for all": ("qwen2", {"num_attention_heads": 12, "num_key_value_heads": 1, "hidden_size": 192}),
@@ -177,8 +181,8 @@ def test_sub_model_runs_packed(folders, source_text, tmp_path, family, values):
     token_ids = tokens(40)
     found = model.forward(token_ids, [NativeSequence(model, 40)] * 40, [True] * 40)
     expected = reference_logits(folder, token_ids)
-    # Integer weights take activations as signed bytes, which costs another digit.
-    assert close(found, expected) if values == "base" else np.abs(found - expected).max() < 0.1 * expected.std() * 4
+    # Integer weights take activations as signed bytes, which costs a percent or two of what logits differ by.
+    assert close(found, expected) if values == "base" else (found - expected).std() < 0.04 * expected.std()
 
 
 def test_prefix_is_not_computed_again(folders, monkeypatch):
@@ -264,7 +268,7 @@ def test_what_is_not_understood_is_refused_by_name(folders, changes, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"hidden_size": None},
+        {"hidden_size": -1},
         {"num_hidden_layers": "3"},
         {"rms_norm_eps": -1},
         {"vocab_size": 0},
@@ -289,8 +293,9 @@ def test_engine_options(folders):
         load(folders["llama"], engine="fast")
     with pytest.raises(ConfigError, match="runs on the CPU, not on device 'meta'"):
         load(folders["llama"], engine="native", device="meta")
-    with pytest.raises(ConfigError, match="threads is 0"):
-        load(folders["llama"], engine="native", threads=0)
+    for threads in (0, 100_000):
+        with pytest.raises(ConfigError, match=f"threads is {threads}"):
+            load(folders["llama"], engine="native", threads=threads)
     with pytest.raises(ModelError, match="runs natively, without transformers"):
         _ = load(folders["llama"], engine="native").model
 
@@ -303,7 +308,7 @@ def test_damaged_files(folders, tmp_path):
     with pytest.raises(CheckpointError, match="does not fit into it"):
         MappedFile(weights)
     weights.write_bytes(content.replace(b"model.layers.1.mlp.up_proj.weight", b"model.layers.1.mlp.xx_proj.weight"))
-    with pytest.raises(CheckpointError, match=r"missing from the files of the model: model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(NotNativeError, match=r"hold no 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         native(folder)
     values = bytearray(content)
     values[-2:] = b"\x80\x7f"  # an infinity
@@ -329,9 +334,130 @@ def test_a_forked_process_goes_on(folders):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writer, json.dumps(list(backend.generate([1, 2, 3], options))).encode())
-        os._exit(0)
+        try:
+            os.write(writer, json.dumps(list(backend.generate([1, 2, 3], options))).encode())
+        finally:
+            os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
         assert json.loads(pipe.read()) == expected
     os.waitpid(child, 0)
+
+
+def changed_weights(folder: Path, target: Path, change, **config) -> Path:
+    """Copy a model with other tensors, and other entries in its config."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    content = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**content, **config}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen2", "model.layers.1.self_attn.q_proj.bias"),
+        ("qwen3", "model.layers.1.self_attn.k_norm.weight"),
+        ("llama", "lm_head.weight"),
+    ],
+)
+def test_weights_that_the_config_asks_for_have_to_be_there(folders, tmp_path, family, name):
+    folder = changed_weights(folders[family], tmp_path / "less", lambda tensors: tensors.pop(name))
+    with pytest.raises(NotNativeError, match=f"hold no '{name}'"):
+        load(folder, engine="native")
+    with pytest.raises(CheckpointError, match=f"missing from its files: {name}"):
+        load(folder)
+
+
+def test_weights_that_the_config_does_not_ask_for_change_nothing(folders, tmp_path):
+    def add(tensors):
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.full((64,), 9.0, dtype=torch.bfloat16)
+        tensors["counter"] = torch.ones(3, dtype=torch.bool)  # of a type that the engine does not read
+
+    folder = changed_weights(folders["llama"], tmp_path / "more", add)
+    texts = [load(one, engine="native").generate("x", 10, ignore_eos=True) for one in (folders["llama"], folder)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 500.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_parameters": {key: LLAMA3[key] for key in LLAMA3 if not key.startswith("original")}},
+    ],
+)
+def test_rotary_parameters_are_read_as_transformers_reads_them(folders, tmp_path, changes):
+    folder = changed_weights(folders["llama"], tmp_path / "rope", lambda _: None, **changes)
+    model = native(folder).model
+    token_ids = tokens(60)
+    found = model.forward(token_ids, [NativeSequence(model, 60)] * 60, [True] * 60)
+    assert close(found, reference_logits(folder, token_ids))
+
+
+def test_what_a_config_leaves_out_is_not_guessed(folders):
+    config = json.loads((folders["mistral"] / "config.json").read_text())
+    for key in ("max_position_embeddings", "num_key_value_heads", "head_dim"):
+        with pytest.raises(NotNativeError, match=f"does not say {key}"):
+            read_architecture({name: value for name, value in config.items() if name != key})
+    without = {key: value for key, value in config.items() if key not in {"sliding_window", "layer_types"}}
+    assert read_architecture(without).sliding_window == 4096  # the family's default
+    assert read_architecture({**without, "sliding_window": None}).sliding_window == 0
+
+
+def test_names_that_only_transformers_knows_go_to_torch(folders, tmp_path):
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    folder = changed_weights(folders["qwen2"], tmp_path / "bare", rename)
+    assert load(folder).backend.name == "torch"
+
+
+def test_a_stream_closed_by_the_garbage_collector_does_not_block(folders, monkeypatch):
+    backend = native(folders["llama"])
+    options = GenerationOptions(max_new_tokens=5, ignore_eos=True)
+    given_up = backend.generate([1, 2, 3], options)
+    next(given_up)
+    cycle = [given_up]
+    cycle.append(cycle)
+    del given_up, cycle
+    forward = backend.model.forward
+
+    def collecting(*arguments):
+        gc.collect()
+        return forward(*arguments)
+
+    monkeypatch.setattr(backend.model, "forward", collecting)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(backend.generate([4, 5], options)), daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    assert len(found) == 5
+
+
+def test_end_tokens_are_those_of_transformers(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "specials")
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text())
+        kept = {key: value for key, value in content.items() if not key.startswith(("eos_token", "bos_token"))}
+        (folder / name).write_text(json.dumps(kept))
+    with pytest.raises(NotNativeError, match="which token ends a text"):
+        native(folder)
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "<eos>", "bos_token": {"content": "<bos>"}})
+    )
+    backend = native(folder)
+    assert (backend.end_ids, backend.codec.begin_id) == (frozenset({EOS}), BOS)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": {"a": 1}}))
+    with pytest.raises(ModelError, match="expected numbers"):
+        native(folder)
+
+
+def test_a_wrong_instruction_set_is_called_that(folders):
+    code = f"import secateur; secateur.load({str(folders['llama'])!r}, engine='native')"
+    environment = {**os.environ, "SECATEUR_ISA": "abacus"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert "SECATEUR_ISA is 'abacus'" in done.stderr

@@ -169,16 +169,9 @@ def benchmark(
 
 def _subject(name: str) -> Peer:
     """Return how the model itself is run: natively where that is possible."""
-    from secateur.models.source import resolve_model
-    from secateur.runtime.architecture import NotNativeError
-    from secateur.runtime.engine import native_architecture
+    from secateur.runtime.loading import load
 
-    kind = "native"
-    try:
-        native_architecture(resolve_model(name))
-    except NotNativeError:
-        kind = "torch"
-    return Peer(Path(name).name, kind, name)
+    return Peer(Path(name).name, load(name).backend.name, name)
 
 
 def _questions(prompt_lengths: Sequence[int], new_tokens: int, batch: int) -> dict[str, dict[str, Any]]:

@@ -9,8 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -33,27 +35,37 @@ class Worker:
     def __init__(self, kind: str, path: str, threads: int) -> None:
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": str(threads)}
         self.name = f"{kind} {path}"
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close(); a pipe would fill up
         self._process = subprocess.Popen(
             [sys.executable, "-m", "secateur.evaluation.speed_worker", kind, path, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             env=environment,
         )
-        self.loaded = self._answer()
+        try:
+            self.loaded = self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, question: str, **options: Any) -> dict[str, Any]:
         """Return the answer to one of `prefill`, `decode` and `memory`."""
         if self._process.stdin is not None:
-            self._process.stdin.write(json.dumps({"question": question, **options}) + "\n")
-            self._process.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended: the answer says how
+                self._process.stdin.write(json.dumps({"question": question, **options}) + "\n")
+                self._process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
 
     def _answer(self) -> dict[str, Any]:
         while self._process.stdout is not None and (line := self._process.stdout.readline()):
@@ -63,8 +75,9 @@ class Worker:
             if "error" in answer:
                 raise SecateurError(f"{self.name}: {answer['error']}")
             return answer
-        _, errors = self._process.communicate()
-        code = self._process.returncode
+        code = self._process.wait()
+        self._errors.seek(0)
+        errors = self._errors.read().decode(errors="replace")
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         raise SecateurError(
             f"{self.name} ended while it was timed, with {how}: {errors.strip()[-200:] or 'no message'}"

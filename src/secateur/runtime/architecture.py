@@ -33,6 +33,12 @@ class Architecture:
         Positions that a token sees, itself included; 0 means all.
     max_positions
         Tokens of the longest text that the model knows.
+    tied
+        Whether the embedding is the head, where none is stored.
+    biases
+        Projections that have a bias.
+    head_norms
+        Whether queries and keys are normed by head.
     inverse_frequencies
         float32 [head_dim / 2] of the rotary embedding (Su et al. 2021), scaling applied.
     """
@@ -48,6 +54,9 @@ class Architecture:
     sliding_window: int
     max_positions: int
     norm_epsilon: float
+    tied: bool
+    biases: frozenset[str]
+    head_norms: bool
     inverse_frequencies: NDArray[np.float32]
 
 
@@ -66,6 +75,8 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         raise NotNativeError(f"models of type {family!r} are not run natively; natively run are {', '.join(FAMILIES)}")
     _refuse_unknown(config)
     heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+    if not config.get("head_dim") and family in {"mistral", "qwen3"}:
+        raise NotNativeError("config.json does not say head_dim")
     head_dim = _size(config, "head_dim") if config.get("head_dim") else hidden // heads
     if head_dim % 16:
         raise NotNativeError(f"heads of {head_dim} entries are not run natively: a multiple of 16 is needed")
@@ -73,7 +84,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         family=str(family),
         blocks=_size(config, "num_hidden_layers"),
         heads=heads,
-        kv_heads=_size(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads,
+        kv_heads=_size(config, "num_key_value_heads"),
         head_dim=head_dim,
         hidden=hidden,
         intermediate=_size(config, "intermediate_size"),
@@ -81,6 +92,9 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         sliding_window=_sliding_window(config),
         max_positions=_size(config, "max_position_embeddings"),
         norm_epsilon=_number(config, "rms_norm_eps", 1e-6),
+        tied=bool(config.get("tie_word_embeddings")),
+        biases=_biases(config),
+        head_norms=family == "qwen3",
         inverse_frequencies=_inverse_frequencies(config, head_dim),
     )
 
@@ -94,26 +108,42 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
         raise NotNativeError(f"a partial rotary embedding (factor {factor!r}) is not run natively")
 
 
+def _biases(config: Mapping[str, Any]) -> frozenset[str]:
+    """Return which projections have a bias: the config decides, as in transformers, not what a file happens to hold."""
+    family = config["model_type"]
+    found = {"query", "key", "value"} if family == "qwen2" else set()
+    if family in {"llama", "qwen3"} and config.get("attention_bias"):
+        found |= {"query", "key", "value", "output"}
+    if family == "llama" and config.get("mlp_bias"):
+        found |= {"gate", "up", "down"}
+    return frozenset(found)
+
+
 def _sliding_window(config: Mapping[str, Any]) -> int:
     """Return the window that all blocks share; qwen says apart whether it uses one."""
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", 4096 if config["model_type"] == "mistral" else None)
     if not window or (config["model_type"] != "mistral" and not config.get("use_sliding_window", False)):
         return 0
-    kinds = set(config.get("layer_types") or ())
+    kinds = {str(kind) for kind in config.get("layer_types") or ()}
     if kinds == {"full_attention"}:
         return 0
     if config["model_type"] != "mistral" and kinds != {"sliding_attention"}:
         raise NotNativeError("blocks that differ in their sliding window are not run natively")
-    return _size(config, "sliding_window")
+    return _size({"sliding_window": window}, "sliding_window")
 
 
 def _inverse_frequencies(config: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
-    rope = config.get("rope_parameters") or {
-        **(config.get("rope_scaling") or {}),
+    # In the order in which transformers looks: rope_scaling first, and from the top level what it does not say.
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise ModelError(f"config.json has rope_parameters {given!r}, which are no mapping; fetch the model again")
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise NotNativeError("rotary parameters that differ between blocks are not run natively")
+    rope = {
         "rope_theta": config.get("rope_theta"),
+        "original_max_position_embeddings": config.get("max_position_embeddings"),
+        **{key: value for key, value in given.items() if value is not None},
     }
-    if not isinstance(rope, Mapping):
-        raise ModelError(f"config.json has rope_parameters {rope!r}, which are no mapping; fetch the model again")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     theta = _number(rope, "rope_theta", 10000.0)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
@@ -146,6 +176,8 @@ def _llama3(frequencies: NDArray[np.float32], rope: Mapping[str, Any]) -> NDArra
 
 def _size(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
+    if value is None:
+        raise NotNativeError(f"config.json does not say {key}")
     if type(value) is not int or not 0 < value < 2**24:
         raise ModelError(f"config.json has {key} {value!r}, expected a positive number; fetch the model again")
     return value

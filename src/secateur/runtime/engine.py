@@ -4,9 +4,11 @@ Needs neither torch nor transformers: a folder is ready in well under a second w
 """
 
 import json
+import os
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +16,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from secateur.checkpoint.format import check_quantization_config
-from secateur.errors import CheckpointError, ConfigError
+from secateur.errors import CheckpointError, ConfigError, ModelError, NativeCodeError
 from secateur.runtime.architecture import Architecture, NotNativeError, read_architecture
-from secateur.runtime.kernels import available
+from secateur.runtime.kernels import load_library
 from secateur.runtime.native_model import NativeModel, NativeSequence
 from secateur.runtime.options import GenerationOptions
 from secateur.runtime.sampling import Sampler
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from secateur.models.source import ModelFolder
 
 MIN_CAPACITY = 2048  # tokens: address space, not memory, until they come
+CAPACITY_STEP = 1024
+MAX_THREADS = 1024
 PREFILL = 256  # tokens of a prompt in one step; between two steps a caller may stop
 
 
@@ -71,7 +75,11 @@ class NativeBackend:
         self.tokenizer = codec.tokenizer
         self.max_positions: int | None = model.architecture.max_positions
         self._idle: list[_Cached] = []
-        self._lock = Lock()
+        # Reentrant: a stream that was given up may be closed by the garbage collector, in the midst of a step.
+        self._lock = RLock()
+        if hasattr(os, "register_at_fork"):
+            reference = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: _renew_lock(reference()))
 
     def generate(self, prompt_ids: Sequence[int], options: GenerationOptions) -> Iterator[int]:
         """Yield new token ids until `max_new_tokens`, or before one that ends a text unless they are ignored.
@@ -102,7 +110,8 @@ class NativeBackend:
             found = next((one for one in self._idle if one.sequence.capacity >= length), None)
             self._idle = []
         if found is None:
-            return _Cached(NativeSequence(self.model, max(MIN_CAPACITY, 1 << (length - 1).bit_length())))
+            roomy = max(MIN_CAPACITY, -(-length // CAPACITY_STEP) * CAPACITY_STEP)
+            return _Cached(NativeSequence(self.model, max(length, min(roomy, self.max_positions or roomy))))
         known = found.common_prefix(prompt_ids)
         found.sequence.truncate(known)
         del found.tokens[known:]
@@ -123,6 +132,12 @@ class NativeBackend:
         return logits[0] if last else np.empty(0, dtype=np.float32)
 
 
+def _renew_lock(backend: NativeBackend | None) -> None:
+    """Give a forked process a lock of its own: another thread of the parent may have held the old one."""
+    if backend is not None:
+        backend._lock = RLock()
+
+
 def open_native(folder: "ModelFolder", *, threads: int | None = None) -> NativeBackend:
     """Open a sub-model or a dense model for the native engine.
 
@@ -140,8 +155,8 @@ def open_native(folder: "ModelFolder", *, threads: int | None = None) -> NativeB
     ConfigError
         When `threads` is not positive.
     """
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads is {threads}; it must be at least 1")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise ConfigError(f"threads is {threads}; it must be at least 1, and at most {MAX_THREADS}")
     architecture = native_architecture(folder)
     config = _read_json(folder, "config.json")
     stored = check_quantization_config(config["quantization_config"]) if folder.is_submodel() else None
@@ -158,8 +173,10 @@ def native_architecture(folder: "ModelFolder") -> Architecture:
     NotNativeError
         When the engine is not installed or does not run this model.
     """
-    if not available():
-        raise NotNativeError("the native code is not installed: install a C++ compiler, then secateur again")
+    try:
+        load_library()
+    except NativeCodeError as error:
+        raise NotNativeError(str(error)) from None
     config = _read_json(folder, "config.json")
     if config.get("quantization_config") and not folder.is_submodel():
         raise NotNativeError("quantised models of other programs are not run natively")
@@ -179,14 +196,21 @@ def _read_tokenizer(folder: "ModelFolder", config: dict[str, Any]) -> tuple[Toke
     settings = _read_json(folder, "tokenizer_config.json", missing={})
     generation = _read_json(folder, "generation_config.json", missing={})
 
+    specials = _read_json(folder, "special_tokens_map.json", missing={})
+
     def token_id(key: str) -> int | None:
-        text = settings.get(key)
+        text = settings.get(key) or specials.get(key)
         text = text.get("content") if isinstance(text, dict) else text
         return tokenizer.token_to_id(text) if isinstance(text, str) else None
 
     ends: set[int] = set()
     for found in (generation.get("eos_token_id"), config.get("eos_token_id"), token_id("eos_token")):
-        ends.update([] if found is None else found if isinstance(found, list) else [found])
+        listed = [] if found is None else found if isinstance(found, list) else [found]
+        if not all(type(one) is int for one in listed):
+            raise ModelError(f"eos_token_id of {folder.name!r} is {found!r}, expected numbers; fetch the model again")
+        ends.update(listed)
+    if not ends:
+        raise NotNativeError(f"nothing says which token ends a text of {folder.name!r}")
     return TokenizersCodec(tokenizer, token_id("bos_token")), frozenset(ends)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from secateur.errors import CheckpointError, ConfigError, ModelError, SecateurError
+from secateur.errors import CheckpointError, ConfigError, ModelError, NativeCodeError, SecateurError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,15 +150,13 @@ def load(path: str | Path, *, threads: int | None = None, device: str = "cpu", e
 
 @functools.cache
 def _warn_without_kernels() -> None:
-    """Say once that the native code is missing: nothing else tells why generation is slow."""
-    from secateur.runtime.kernels import available
+    """Say once that the native code cannot be used: nothing else tells why generation is slow."""
+    from secateur.runtime.kernels import load_library
 
-    if not available():
-        warnings.warn(
-            "the native code of secateur is not installed, so torch runs the model, unpacked and slowly: install a C++ "
-            "compiler (g++ or clang++), then secateur again",
-            stacklevel=3,
-        )
+    try:
+        load_library()
+    except NativeCodeError as error:
+        warnings.warn(f"torch runs the model, unpacked and slowly: {error}", stacklevel=3)
 
 
 def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> LoadedModel:

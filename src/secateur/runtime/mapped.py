@@ -20,6 +20,7 @@ ITEM_TYPES = {
     "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16, "I32": np.int32, "I64": np.int64,
     "F16": np.uint16, "BF16": np.uint16, "F32": np.float32, "F64": np.float64,
 }  # fmt: skip
+UNREAD_TYPES = ("BOOL", "U32", "U64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "C64")
 MAX_HEADER = 100_000_000
 
 
@@ -49,7 +50,12 @@ class MappedFile:
                 self._memory = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             raise self._damaged(str(error)) from None
-        self.tensors = {name: self._tensor(name, entry) for name, entry in self._header().items()}
+        # Tensors of types that nothing here reads are left out: whoever needs one misses it.
+        self.tensors = {
+            name: self._tensor(name, entry)
+            for name, entry in self._header().items()
+            if not isinstance(entry, dict) or entry.get("dtype") not in UNREAD_TYPES
+        }
 
     def _header(self) -> dict[str, Any]:
         length = int.from_bytes(self._memory[:8].tobytes(), "little")
@@ -80,7 +86,10 @@ class MappedFile:
         data = self._data[begin:end]
         if data.ctypes.data % item.itemsize:  # allowed by the format, rare: not every processor reads it in place
             data = data.copy()
-        return MappedTensor(dtype, data.view(item).reshape(shape))
+        try:
+            return MappedTensor(dtype, data.view(item).reshape(shape))
+        except (ValueError, OverflowError):
+            raise self._damaged(f"tensor {name!r} has an impossible shape") from None
 
     def _damaged(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{str(self.path)!r} cannot be read: {problem}; derive or fetch the model again")

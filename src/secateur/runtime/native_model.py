@@ -131,13 +131,14 @@ class NativeModel:
     def __init__(self, architecture: Architecture, files: Sequence[Path], stored: Stored | None, threads: int) -> None:
         self.architecture, self.threads = architecture, threads
         self._tensors = {name: tensor for file in files for name, tensor in MappedFile(file).tensors.items()}
+        self._stored = stored
         self._pruned = stored.pruned if stored else StoredWeights(Encoding("none"))
         self._dense = stored.dense if stored else StoredWeights(Encoding("none"))
         self._kept: list[Any] = []  # what the engine points to
         a = architecture
         blocks = (_Block * a.blocks)(*(self._block(index) for index in range(a.blocks)))
         embedding = self._matrix("model.embed_tokens.weight", a.vocabulary, a.hidden)
-        tied = not {"lm_head.weight", "lm_head.weight.values"} & self._tensors.keys()
+        tied = a.tied and not {"lm_head.weight", "lm_head.weight.values"} & self._tensors.keys()
         head = embedding if tied else self._matrix("lm_head.weight", a.vocabulary, a.hidden)
         self.weight_bytes = self._count_bytes(embedding if not tied else None)
         norm = self._vector("model.norm.weight", a.hidden)
@@ -210,13 +211,12 @@ class NativeModel:
         block = _Block()
         for part, name in PROJECTIONS.items():
             setattr(block, part, self._matrix(f"{prefix}{name}.weight", *shapes[part]).struct)
-            if (bias := f"{prefix}{name}.bias") in self._tensors:
-                setattr(block, f"{part}_bias", self._vector(bias, shapes[part][0]))
+            if part in a.biases:
+                setattr(block, f"{part}_bias", self._vector(f"{prefix}{name}.bias", shapes[part][0]))
         for part, name in NORMS.items():
             setattr(block, part, self._vector(f"{prefix}{name}.weight", a.hidden))
-        for part, name in HEAD_NORMS.items():
-            if (norm := f"{prefix}{name}.weight") in self._tensors:
-                setattr(block, part, self._vector(norm, a.head_dim))
+        for part, name in HEAD_NORMS.items() if a.head_norms else ():
+            setattr(block, part, self._vector(f"{prefix}{name}.weight", a.head_dim))
         return block
 
     def _matrix(self, name: str, rows: int, cols: int) -> NativeWeight:
@@ -263,6 +263,9 @@ class NativeModel:
 
     def _tensor(self, name: str, fits: Callable[[MappedTensor], bool] = lambda _: True) -> MappedTensor:
         tensor = self._tensors.get(name)
+        if tensor is None and self._stored is None:
+            # transformers knows other names for the same weights, and says what is missing if they are not there.
+            raise NotNativeError(f"the files hold no {name!r}")
         if tensor is None:
             raise CheckpointError(f"weights are missing from the files of the model: {name}; derive or fetch it again")
         if not fits(tensor):
