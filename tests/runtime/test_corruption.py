@@ -12,7 +12,7 @@ from secateur.errors import SecateurError
 from secateur.models.source import resolve_model
 from secateur.runtime.engine import open_native
 from secateur.runtime.options import GenerationOptions
-from tests.runtime.test_engine import sub_model
+from tests.runtime.native_models import sub_model
 from tests.tiny import save_tiny
 
 CASES = 250
