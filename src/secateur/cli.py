@@ -26,7 +26,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Data = Annotated[Path | None, typer.Option(help="Folder with text that is tried first (also SECATEUR_DATA).")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all that there are.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
 
 

@@ -3,11 +3,11 @@
 Needs neither torch nor transformers: a folder is ready in well under a second when its files are in the page cache.
 """
 
-import json
 import os
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from secateur.checkpoint.format import check_quantization_config
+from secateur.checkpoint.format import check_quantization_config, read_json
 from secateur.errors import CheckpointError, ConfigError, ModelError, NativeCodeError
 from secateur.runtime.architecture import Architecture, NotNativeError, read_architecture
 from secateur.runtime.kernels import load_library
@@ -158,7 +158,7 @@ def open_native(folder: "ModelFolder", *, threads: int | None = None) -> NativeB
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise ConfigError(f"threads is {threads}; it must be at least 1, and at most {MAX_THREADS}")
     architecture = native_architecture(folder)
-    config = _read_json(folder, "config.json")
+    config = read_json(folder.path / "config.json")
     stored = check_quantization_config(config["quantization_config"]) if folder.is_submodel() else None
     codec, end_ids = _read_tokenizer(folder, config)
     model = NativeModel(architecture, folder.weight_files(), stored, threads or usable_threads())
@@ -177,7 +177,7 @@ def native_architecture(folder: "ModelFolder") -> Architecture:
         load_library()
     except NativeCodeError as error:
         raise NotNativeError(str(error)) from None
-    config = _read_json(folder, "config.json")
+    config = read_json(folder.path / "config.json")
     if config.get("quantization_config") and not folder.is_submodel():
         raise NotNativeError("quantised models of other programs are not run natively")
     return read_architecture(config)
@@ -193,10 +193,10 @@ def _read_tokenizer(folder: "ModelFolder", config: dict[str, Any]) -> tuple[Toke
         raise CheckpointError(f"{str(path)!r} cannot be read ({error}); derive or fetch the model again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    settings = _read_json(folder, "tokenizer_config.json", missing={})
-    generation = _read_json(folder, "generation_config.json", missing={})
+    settings = _read_optional(folder.path / "tokenizer_config.json")
+    generation = _read_optional(folder.path / "generation_config.json")
 
-    specials = _read_json(folder, "special_tokens_map.json", missing={})
+    specials = _read_optional(folder.path / "special_tokens_map.json")
 
     def token_id(key: str) -> int | None:
         text = settings.get(key) or specials.get(key)
@@ -214,14 +214,5 @@ def _read_tokenizer(folder: "ModelFolder", config: dict[str, Any]) -> tuple[Toke
     return TokenizersCodec(tokenizer, token_id("bos_token")), frozenset(ends)
 
 
-def _read_json(folder: "ModelFolder", name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    path = folder.path / name
-    if missing is not None and not path.exists():
-        return missing
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read ({error}); derive or fetch the model again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{str(path)!r} holds no JSON object; derive or fetch the model again")
-    return content
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}

@@ -25,7 +25,7 @@ WORD_BITS = 64
 Array = NDArray[Any]
 
 
-class _Weight(ctypes.Structure):
+class WeightStruct(ctypes.Structure):
     """`sct_weight`."""
 
     _fields_ = (
@@ -42,12 +42,12 @@ class _Weight(ctypes.Structure):
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "sct_check_weight": (ctypes.c_char_p, [ctypes.POINTER(_Weight)]),
+    "sct_check_weight": (ctypes.c_char_p, [ctypes.POINTER(WeightStruct)]),
     "sct_matmul": (
         ctypes.c_int,
-        [ctypes.c_void_p, ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
+        [ctypes.c_void_p, ctypes.POINTER(WeightStruct), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
     ),
-    "sct_unpack_row": (None, [ctypes.POINTER(_Weight), ctypes.c_int64, ctypes.c_void_p]),
+    "sct_unpack_row": (None, [ctypes.POINTER(WeightStruct), ctypes.c_int64, ctypes.c_void_p]),
     "sct_pool_create": (ctypes.c_void_p, [ctypes.c_int]),
     "sct_pool_destroy": (None, [ctypes.c_void_p]),
     "sct_read_memory": (ctypes.c_uint64, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]),
@@ -165,12 +165,12 @@ class NativeWeight:
     scales: Array | None = None
     group_size: int = 0
     name: str = "weight"
-    struct: _Weight = field(init=False, repr=False)
+    struct: WeightStruct = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check_arrays()
         rows, cols = self.shape
-        struct = _Weight(
+        struct = WeightStruct(
             KINDS[self.kind],
             self.group_size,
             rows,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from secateur.checkpoint.format import Encoding, Stored, StoredWeights
 from secateur.errors import CheckpointError, ConfigError, ModelError
 from secateur.runtime.architecture import Architecture, NotNativeError
-from secateur.runtime.kernels import NativeWeight, _Weight, load_library
+from secateur.runtime.kernels import NativeWeight, WeightStruct, load_library
 from secateur.runtime.mapped import MappedFile, MappedTensor
 
 FLOATS = {"BF16": "bf16", "F16": "fp16"}
@@ -49,7 +49,7 @@ class _Block(ctypes.Structure):
     """`sct_block`."""
 
     _fields_ = (
-        *((name, _Weight) for name in PROJECTIONS),
+        *((name, WeightStruct) for name in PROJECTIONS),
         *((f"{name}_bias", ctypes.c_void_p) for name in PROJECTIONS),
         *((name, ctypes.c_void_p) for name in (*NORMS, *HEAD_NORMS)),
     )
