@@ -129,42 +129,56 @@ def benchmark(
     path = Path(submodel)
     peers = [_subject(str(submodel)), *(find_peer(spec, path) for spec in against)]
     questions = _questions(prompt_lengths, new_tokens, batch)
-    found: list[dict[str, list[float]]] = [{} for _ in peers]
-    bandwidth: list[float] = []
-    busy = 0.0
     with ExitStack() as stack:
         workers: list[Worker] = []
         for peer in peers:
             progress(f"loading {peer.name}", len(workers), len(peers))
-            worker = Worker(peer.kind, peer.path, count)
-            stack.callback(worker.close)
-            workers.append(worker)
-        total = rounds * len(questions)
-        for number in range(total):
-            name, question = list(questions.items())[number % len(questions)]
-            progress(name, number, total)
+            workers.append(Worker(peer.kind, peer.path, count))
+            stack.callback(workers[-1].close)
+        found, bandwidth, busy = _take_turns(peers, workers, questions, rounds, count, progress)
+        speeds = tuple(map(_speed, peers, workers, found))
+    return SpeedReport(speeds, count, rounds, tuple(bandwidth), busy, _machine())
+
+
+def _take_turns(  # noqa: PLR0917
+    peers: Sequence[Peer],
+    workers: Sequence[Worker],
+    questions: Mapping[str, Mapping[str, Any]],
+    rounds: int,
+    threads: int,
+    progress: Progress,
+) -> tuple[list[dict[str, list[float]]], list[float], float]:
+    """Put every question to every worker in every round; return tokens/s of each, bandwidths, and how busy it was."""
+    found: list[dict[str, list[float]]] = [{} for _ in workers]
+    bandwidth: list[float] = []
+    busy, done = 0.0, 0
+    for number in range(rounds):
+        bandwidth += _bandwidth(threads)
+        for name, question in questions.items():
+            progress(name, done, rounds * len(questions))
+            done += 1
             busy = max(busy, psutil.cpu_percent(interval=0.2) / 100)
-            bandwidth += _bandwidth(count) if number % len(questions) == 0 else []
-            for index, worker in enumerate(workers):
-                if peers[index].kind == "llama.cpp" and question.get("batch", 1) > 1:
+            sequences = question.get("batch", 1)
+            tokens = question.get("count", question["length"]) * sequences
+            for peer, worker, figures in zip(peers, workers, found, strict=True):
+                if peer.kind == "llama.cpp" and sequences > 1:  # its runner has one sequence
                     continue
                 seconds = worker.ask(seed=number, **question)["seconds"]
-                tokens = question.get("count", question["length"]) * question.get("batch", 1)
-                found[index].setdefault(name, []).append(tokens / seconds)
-        memory = [worker.ask("memory") for worker in workers]
-        speeds = tuple(
-            Speed(
-                peer.name,
-                peer.kind,
-                _disk_mb(peer.path),
-                worker.loaded["load_seconds"],
-                used["resident_mb"],
-                used["private_mb"],
-                {name: tuple(values) for name, values in figures.items()},
-            )
-            for peer, worker, used, figures in zip(peers, workers, memory, found, strict=True)
-        )
-    return SpeedReport(speeds, count, rounds, tuple(bandwidth), busy, _machine())
+                figures.setdefault(name, []).append(tokens / seconds)
+    return found, bandwidth, busy
+
+
+def _speed(peer: Peer, worker: Worker, figures: Mapping[str, list[float]]) -> Speed:
+    used = worker.ask("memory")
+    return Speed(
+        peer.name,
+        peer.kind,
+        _disk_mb(peer.path),
+        worker.loaded["load_seconds"],
+        used["resident_mb"],
+        used["private_mb"],
+        {name: tuple(values) for name, values in figures.items()},
+    )
 
 
 def _subject(name: str) -> Peer:
