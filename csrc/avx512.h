@@ -23,7 +23,10 @@
 
 namespace sct {
 
-// avx512_tiles.cpp
+// For up to kDirectLimit input rows, and integer weights: avx512_integers.cpp.
+void avx512_integers(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin,
+                     int64_t row_end);
+// For any number of them: avx512_tiles.cpp.
 void avx512_tiles(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin, int64_t row_end);
 
 namespace {
@@ -89,6 +92,55 @@ SCT_INLINE void load_scales(const uint16_t *scales, int64_t groups, int32_t grou
         __mmask16 lanes = static_cast<__mmask16>(first_lanes(min64(groups - word / 2, 8)));
         const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
         low = high = _mm512_permutexvar_ps(twice, widen_bf16(_mm256_maskz_loadu_epi16(lanes, scales + word / 2)));
+    }
+}
+
+SCT_INLINE uint64_t word_bits(const sct_weight &w, const uint8_t *mask, int64_t word) {
+    return mask ? load_word(mask + 8 * word) : first_lanes(w.cols - word * kWord);
+}
+
+// Codes of words [begin, end) of a row as bytes, removed ones and those beyond the columns as the code of zero. Returns
+// the number of those that are kept.
+template <bool kGuard>
+SCT_INLINE int64_t expand_codes(const sct_weight &w, const uint8_t *codes, const uint8_t *limit, const uint8_t *mask,
+                                int64_t begin, int64_t end, uint8_t *out) {
+    const __m512i zero_code = _mm512_set1_epi8(static_cast<char>(code_offset(w.kind)));
+    const uint8_t *start = codes;
+    for (int64_t word = begin; word < end; ++word, out += kWord) {
+        uint64_t bits = word_bits(w, mask, word);
+        __m512i packed = load_values<kGuard>(codes, limit);
+        _mm512_store_si512(out, _mm512_mask_expand_epi8(zero_code, bits, packed));
+        codes += __builtin_popcountll(bits);
+    }
+    return codes - start;
+}
+
+// Transposes 16 x 16 elements of 4 bytes: element j of line i comes to lane i of line j.
+SCT_INLINE void transpose(const uint8_t *from, int64_t pitch, uint8_t *to, int64_t to_pitch) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(from + i * pitch);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    // a[4 * g + j]: lines 4g..4g+3; its quarter q holds column 4q + j.
+    for (int j = 0; j < 4; ++j) {
+        b[j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+        b[4 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        b[8 + j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+        b[12 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+    }
+    for (int j = 0; j < 4; ++j) {
+        _mm512_store_si512(to + j * to_pitch, _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88));
+        _mm512_store_si512(to + (4 + j) * to_pitch, _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88));
+        _mm512_store_si512(to + (8 + j) * to_pitch, _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd));
+        _mm512_store_si512(to + (12 + j) * to_pitch, _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd));
     }
 }
 

@@ -4,8 +4,6 @@
 
 #if defined(__x86_64__)
 
-#include <initializer_list>
-
 #include "avx512.h"
 
 namespace sct {
@@ -20,7 +18,7 @@ constexpr int64_t kPitch = kIntegerWords * kWord + 64;  // between unpacked rows
 struct Scratch {
     alignas(64) uint8_t tile[kMaxStrips * kLanes * kIntegerWords * kWord];
     alignas(64) uint8_t rows[kLanes][kPitch];
-    alignas(64) uint8_t nibbles[2][kIntegerWords * kWord + 192];
+    alignas(64) uint8_t nibbles[kLanes][kIntegerWords * kWord + 192];
     alignas(64) float scales[kIntegerWords * 2][kMaxStrips * kLanes];  // a line for each word, or half of one
 };
 thread_local Scratch scratch;
@@ -28,47 +26,28 @@ thread_local Scratch scratch;
 // Where a row's values go on: elements for integers, bytes for floats.
 using Positions = int64_t[kMaxStrips * kLanes];
 
-SCT_INLINE uint64_t word_bits(const sct_weight &w, const uint8_t *mask, int64_t word) {
-    return mask ? load_word(mask + 8 * word) : first_lanes(w.cols - word * kWord);
-}
-
-// Codes of words [begin, end) of a row as bytes, removed ones and those beyond the columns as the code of zero. Returns
-// the number of those that are kept.
-template <bool kGuard>
-SCT_INLINE int64_t expand_codes(const sct_weight &w, const uint8_t *codes, const uint8_t *limit, const uint8_t *mask,
-                             int64_t begin, int64_t end, uint8_t *out) {
-    const __m512i zero_code = _mm512_set1_epi8(static_cast<char>(code_offset(w.kind)));
-    const uint8_t *start = codes;
-    for (int64_t word = begin; word < end; ++word) {
-        uint64_t bits = word_bits(w, mask, word);
-        __m512i packed = load_values<kGuard>(codes, limit);
-        _mm512_store_si512(out + (word - begin) * kWord, _mm512_mask_expand_epi8(zero_code, bits, packed));
-        codes += __builtin_popcountll(bits);
-    }
-    return codes - start;
-}
-
-void unpack_codes(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t &position, uint8_t *out) {
-    const uint8_t *mask = mask_of(w, row), *limit = values_end(w), *codes = row_values(w, row);
-    int64_t most = (end - begin) * kWord;
-    if (w.kind == SCT_INT4) {
-        // All of a short row, at most what its part of the columns can hold.
-        const uint8_t *from = codes + position / 2;
-        int64_t odd = position & 1, bytes = min64(row_values(w, row + 1) - from, (odd + most + 1) / 2);
-        uint8_t *nibbles = scratch.nibbles[row & 1];
-        if (limit - from >= bytes + 31) {
-            unpack_nibbles<false>(from, bytes, limit, nibbles);
-        } else {
-            unpack_nibbles<true>(from, bytes, limit, nibbles);
-        }
-        position += expand_codes<false>(w, nibbles + odd, nullptr, mask, begin, end, out);
+// Nibbles of words [begin, end) of a row as bytes, from an even one on.
+void unpack_row(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t position, uint8_t *out) {
+    const uint8_t *from = row_values(w, row) + position / 2, *limit = values_end(w), *mask = mask_of(w, row);
+    int64_t kept = mask ? count_bits(mask + 8 * begin, end - begin) : min64(w.cols, end * kWord) - begin * kWord;
+    int64_t bytes = ((position & 1) + kept + 1) / 2;
+    if (limit - from >= bytes + 31) {
+        unpack_nibbles<false>(from, bytes, limit, out);
     } else {
-        codes += position;
-        if (limit - codes >= most + 64) {
-            position += expand_codes<false>(w, codes, limit, mask, begin, end, out);
-        } else {
-            position += expand_codes<true>(w, codes, limit, mask, begin, end, out);
-        }
+        unpack_nibbles<true>(from, bytes, limit, out);
+    }
+}
+
+// nibbles: of an INT4 row, unpacked.
+void unpack_codes(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t &position,
+                  const uint8_t *nibbles, uint8_t *out) {
+    const uint8_t *mask = mask_of(w, row), *limit = values_end(w), *codes = row_values(w, row) + position;
+    if (w.kind == SCT_INT4) {
+        position += expand_codes<false>(w, nibbles + (position & 1), nullptr, mask, begin, end, out);
+    } else if (limit - codes >= (end - begin) * kWord + 64) {
+        position += expand_codes<false>(w, codes, limit, mask, begin, end, out);
+    } else {
+        position += expand_codes<true>(w, codes, limit, mask, begin, end, out);
     }
 }
 
@@ -91,71 +70,41 @@ void unpack_floats(const sct_weight &w, int64_t row, int64_t begin, int64_t end,
     position += values - start;
 }
 
-// Transposes 16 x 16 elements of 4 bytes: element j of line i comes to lane i of line j.
-SCT_INLINE void transpose(const uint8_t *from, int64_t pitch, uint8_t *to, int64_t to_pitch) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(from + i * pitch);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    // a[4 * g + j]: lines 4g..4g+3; its quarter q holds column 4q + j.
-    for (int j = 0; j < 4; ++j) {
-        b[j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
-        b[4 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-        b[8 + j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-        b[12 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-    }
-    for (int j = 0; j < 4; ++j) {
-        _mm512_store_si512(to + j * to_pitch, _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88));
-        _mm512_store_si512(to + (4 + j) * to_pitch, _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88));
-        _mm512_store_si512(to + (8 + j) * to_pitch, _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd));
-        _mm512_store_si512(to + (12 + j) * to_pitch, _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd));
-    }
-}
-
-// A stretch of memory that the next rows need, brought to L2 in as many steps as this tile has words.
-struct Ahead {
-    const uint8_t *at;
-    int64_t step;
-};
-
 // A tile: words [begin, end) of the rows from `row` on, `rows` of them, in strips of 16 lanes.
 struct Tile {
     int64_t row, rows, strips, begin, end;
-    Ahead values, mask;
 };
 
-// Not inline: in the loop of integer_tile it would cost GCC 12 the registers of the sums.
-__attribute__((noinline)) void prefetch(const Tile &tile, int64_t word) {
-    for (const Ahead &ahead : {tile.values, tile.mask}) {
-        const char *at = reinterpret_cast<const char *>(ahead.at) + word * ahead.step;
-        for (int64_t i = 0; i < ahead.step; i += 64) _mm_prefetch(at + i, _MM_HINT_T1);
-    }
+SCT_INLINE void prefetch(const uint8_t *from, const uint8_t *to) {
+    for (; from < to; from += 64) _mm_prefetch(reinterpret_cast<const char *>(from), _MM_HINT_T1);
 }
 
-// What follows the rows of a tile, as much as they take themselves; a prefetch beyond the end does no harm.
-Ahead stretch(const uint8_t *begin, const uint8_t *end, int64_t words) {
-    return {end, begin ? ceil_div(end - begin, words) : 0};
+// Brings about what the tile's words take in a row to L2.
+void prefetch_row(const sct_weight &w, int64_t row, const Tile &tile) {
+    int64_t words = word_count(w.cols), bytes = row_values(w, row + 1) - row_values(w, row);
+    const uint8_t *values = row_values(w, row), *mask = mask_of(w, row);
+    prefetch(values + bytes * tile.begin / words, values + bytes * tile.end / words);
+    if (mask) prefetch(mask + 8 * tile.begin, mask + 8 * tile.end);
 }
 
 void unpack_tile(const sct_weight &w, const Tile &tile, Positions &positions) {
     bool integer = is_integer(w.kind);
     int64_t lines = (tile.end - tile.begin) * (integer ? 16 : 64);
     for (int64_t strip = 0; strip < tile.strips; ++strip) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
+        // Those of all lanes at first, because what was just stored is slow to load at another alignment.
+        int64_t there = min64(tile.rows - strip * kLanes, kLanes);
+        for (int64_t lane = 0; lane < there && w.kind == SCT_INT4; ++lane) {
             int64_t i = strip * kLanes + lane;
+            unpack_row(w, tile.row + i, tile.begin, tile.end, positions[i], scratch.nibbles[lane]);
+        }
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            int64_t i = strip * kLanes + lane, next = tile.row + i + tile.strips * kLanes;
             uint8_t *out = scratch.rows[lane];
+            if (next < w.rows) prefetch_row(w, next, tile);
             if (i >= tile.rows) {
                 memset(out, 0, static_cast<size_t>(lines) * 4);  // computed, not stored
             } else if (integer) {
-                unpack_codes(w, tile.row + i, tile.begin, tile.end, positions[i], out);
+                unpack_codes(w, tile.row + i, tile.begin, tile.end, positions[i], scratch.nibbles[lane], out);
             } else {
                 unpack_floats(w, tile.row + i, tile.begin, tile.end, positions[i], out);
             }
@@ -223,7 +172,6 @@ void integer_tile(const sct_weight &w, const Tile &tile, const Input &in, int64_
     }
     const uint8_t *weights = scratch.tile;
     for (int64_t word = tile.begin; word < tile.end; ++word) {
-        if (t0 == 0) prefetch(tile, word);
         for (int part = 0; part < kParts; ++part) {
             __m512i dots[T][R];
             const int8_t *x = in.codes + (t0 * in.words + word) * kWord + part * kHalf;
@@ -323,12 +271,8 @@ void avx512_tiles(const sct_weight &w, const Input &in, float *y, int64_t y_stri
     for (int64_t row = row_begin; row < row_end; row += strips * kLanes) {
         Positions positions = {};
         for (int64_t begin = 0; begin < in.words; begin += block) {
-            int64_t rows = min64(row_end - row, strips * kLanes), next = row + rows;
-            Tile tile = {row, rows, strips, begin, min64(in.words, begin + block), {nullptr, 0}, {nullptr, 0}};
-            if (next < row_end) {
-                tile.values = stretch(row_values(w, row), row_values(w, next), in.words);
-                tile.mask = stretch(mask_of(w, row), mask_of(w, next), in.words);
-            }
+            int64_t rows = min64(row_end - row, strips * kLanes);
+            Tile tile = {row, rows, strips, begin, min64(in.words, begin + block)};
             unpack_tile(w, tile, positions);
             if (w.group_size == 32) {
                 unpack_scales<true>(w, tile);

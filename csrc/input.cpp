@@ -42,8 +42,7 @@ Input input_layout(void *buffer, int64_t cols, int64_t n, int forms) {
     take(in.codes, with_integers, kWord);
     take(in.scales, with_integers, 1);
     take(in.half_sums, with_integers, 2);
-    take(in.corrections[0], with_integers && direct, 16);
-    take(in.corrections[1], with_integers && direct, 16);
+    take(in.word_sums, with_integers && direct, 1);
     in.bytes = used + kAlignment;
     return in;
 }
@@ -72,14 +71,10 @@ void prepare_floats(const Input &in, const float *x, int64_t t) {
 }
 
 void prepare_integers(const Input &in, const float *x, int64_t t) {
-    int8_t *codes = in.codes + t * in.words * kWord;
-    active_kernels().quantize(x, in.cols, codes, in.scales + t * in.words, in.half_sums + t * in.words * 2);
-    if (!in.corrections[0]) return;
-    for (int64_t quad = 0; quad < in.words * 16; ++quad) {
-        const int8_t *c = codes + quad * 4;
-        int32_t sum = c[0] + c[1] + c[2] + c[3];
-        in.corrections[0][t * in.words * 16 + quad] = -code_offset(SCT_INT8) * sum;
-        in.corrections[1][t * in.words * 16 + quad] = -code_offset(SCT_INT4) * sum;
+    int32_t *half_sums = in.half_sums + t * in.words * 2;
+    active_kernels().quantize(x, in.cols, in.codes + t * in.words * kWord, in.scales + t * in.words, half_sums);
+    for (int64_t word = 0; in.word_sums && word < in.words; ++word) {
+        in.word_sums[t * in.words + word] = static_cast<float>(half_sums[2 * word] + half_sums[2 * word + 1]);
     }
 }
 

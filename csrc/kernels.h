@@ -66,8 +66,7 @@ struct Input {
     int8_t *codes;            // [n, words * 64], in -127..127
     float *scales;            // [n, words]: x is about code * scale; NaN where x holds NaN or infinity
     int32_t *half_sums;       // [n, words, 2]: sum of the codes of 32 columns
-    int32_t *corrections[2];  // for INT8 and INT4 [n, words, 16]: minus the offset of their codes times the sum of the
-                              // codes of 4 columns of x; only if n <= kDirectLimit
+    float *word_sums;         // [n, words]: sum of the codes of 64 columns; only if n <= kDirectLimit
     size_t bytes;             // all of it, with room to align
 };
 

@@ -104,15 +104,26 @@ std::vector<float> random_input(int64_t count) {
 
 bool close(float a, float b, float size) { return fabsf(a - b) <= 1e-5f * size; }
 
-// What the sum of |weight * x| is, to which rounding is proportional.
+// What the offset of a code stands for.
+float offset(const sct_weight &w, int64_t row, int64_t col) {
+    if (w.kind < SCT_INT8) return 0;
+    const int64_t groups = (w.cols + w.group_size - 1) / w.group_size;
+    const uint32_t bits = static_cast<uint32_t>(w.scales[row * groups + col / w.group_size]) << 16;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return fabsf(scale) * (w.kind == SCT_INT8 ? 128 : 8);
+}
+
+// What the sum of |weight * x| is, to which rounding is proportional; with integers also that of the codes' offset.
 std::vector<float> sizes(const sct_weight &w, const std::vector<float> &x, int64_t n) {
     std::vector<float> row(static_cast<size_t>(w.cols)), result(static_cast<size_t>(n * w.rows));
     for (int64_t r = 0; r < w.rows; ++r) {
         sct_unpack_row(&w, r, row.data());
+        for (int64_t c = 0; c < w.cols; ++c) row[static_cast<size_t>(c)] = fabsf(row[static_cast<size_t>(c)]) + offset(w, r, c);
         for (int64_t t = 0; t < n; ++t) {
             float sum = 0;
             const float *input = x.data() + t * w.cols;
-            for (int64_t c = 0; c < w.cols; ++c) sum += fabsf(row[static_cast<size_t>(c)] * input[c]);
+            for (int64_t c = 0; c < w.cols; ++c) sum += row[static_cast<size_t>(c)] * fabsf(input[c]);
             result[static_cast<size_t>(t * w.rows + r)] = sum;
         }
     }

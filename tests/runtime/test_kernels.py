@@ -10,7 +10,7 @@ import pytest
 from secateur.errors import CheckpointError, NativeCodeError
 from secateur.runtime import kernels
 from secateur.runtime.kernels import NativeWeight, Pool, matmul, unpack_row
-from tests.runtime.native_weights import parts_of, quantised, random_weight
+from tests.runtime.native_weights import OFFSETS, parts_of, quantised, random_weight
 
 if not kernels.available():
     pytest.skip("the native code is not built", allow_module_level=True)
@@ -30,10 +30,17 @@ def isa(request):
     kernels.set_isa(before)
 
 
+def expanded_scales(weight):
+    scales = (weight.scales.astype(np.uint32) << 16).view(np.float32)
+    return np.abs(np.repeat(scales, weight.group_size, axis=1)[:, : weight.shape[1]])
+
+
 def assert_product(weight, dense, x, y):
     """Float rounding from the product of what is stored; for integers the rounding of x bounds the rest."""
     seen, scales = quantised(x) if weight.kind in {"int8", "int4"} else (x.astype(np.float64), None)
-    size = np.abs(x).astype(np.float64) @ np.abs(dense).T.astype(np.float64)
+    # Codes have an offset, whose part of a sum may be taken away after it was rounded.
+    reach = np.abs(dense) if scales is None else np.abs(dense) + OFFSETS[weight.kind] * expanded_scales(weight)
+    size = np.abs(x).astype(np.float64) @ reach.T.astype(np.float64)
     assert np.all(np.abs(y - seen @ dense.T.astype(np.float64)) <= 3e-6 * size + 1e-30)
     if scales is not None:
         rounding = (scales * 0.5000001) @ np.abs(dense).T
