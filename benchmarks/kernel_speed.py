@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from secateur.runtime import kernels
-from secateur.runtime.kernels import NativeWeight, Pool, matmul, read_memory
+from secateur.runtime.kernels import NativeWeight, Pool, matmul
+from secateur.runtime.limits import read_memory
 
 SECONDS = 0.5  # for each figure
 

@@ -70,6 +70,10 @@ int sct_matmul(sct_pool *pool, const sct_weight *weight, const float *x, int64_t
 // Reads `bytes` at `data` with plain loads and returns their sum: what memory gives, to compare kernels with.
 uint64_t sct_read_memory(sct_pool *pool, const void *data, size_t bytes);
 
+// The product of the first `rows` rows with a vector, `times` times over: if they fit into the caches of the pool's
+// processors, what the kernel can do without memory. Returns 0, or -1 without memory.
+int sct_repeat_product(sct_pool *pool, const sct_weight *weight, int64_t rows, int times);
+
 // Instruction set in use: "reference", "avx2", "avx512", "neon" (with dot products of bytes) or "neon-base". The best
 // that the processor has, unless the environment says SECATEUR_ISA; sct_set_isa returns 0, or -1 for one that is unknown
 // or not to be had here.

@@ -51,6 +51,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sct_pool_create": (ctypes.c_void_p, [ctypes.c_int]),
     "sct_pool_destroy": (None, [ctypes.c_void_p]),
     "sct_read_memory": (ctypes.c_uint64, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]),
+    "sct_repeat_product": (
+        ctypes.c_int,
+        [ctypes.c_void_p, ctypes.POINTER(WeightStruct), ctypes.c_int64, ctypes.c_int],
+    ),
     "sct_isa": (ctypes.c_char_p, []),
     "sct_isa_at": (ctypes.c_char_p, [ctypes.c_int]),
     "sct_set_isa": (ctypes.c_int, [ctypes.c_char_p]),
@@ -186,6 +190,12 @@ class NativeWeight:
         if problem is not None:
             raise self._damaged(problem.decode())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        parts = (self.values, self.bitmask, self.row_offsets, self.scales)
+        return sum(part.nbytes for part in parts if part is not None)
+
     def _check_arrays(self) -> None:
         """Check types and sizes, which the native code takes on trust."""
         rows, cols = self.shape
@@ -265,12 +275,6 @@ def unpack_row(weight: NativeWeight, row: int) -> NDArray[np.float32]:
     out = np.empty(cols, dtype=np.float32)
     load_library().sct_unpack_row(ctypes.byref(weight.struct), row, out.ctypes.data)
     return out
-
-
-def read_memory(data: Array, pool: Pool | None = None) -> int:
-    """Read an array with plain loads and return the sum of its 64-bit words: what memory gives, to compare with."""
-    handle = pool.handle if pool is not None else None
-    return int(load_library().sct_read_memory(handle, data.ctypes.data, data.nbytes))
 
 
 def _address(array: Array | None) -> int | None:

@@ -1,0 +1,62 @@
+"""What bounds decoding: the bandwidth of memory, and how fast kernels unpack weights that a cache already holds.
+
+Measured with the threads that a model runs on, so that a speed can be told as a fraction of them.
+"""
+
+import ctypes
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.runtime.kernels import NativeWeight, Pool, load_library
+
+BANDWIDTH_BYTES = 400_000_000  # more than any cache
+CACHED_BYTES = 400_000  # of each thread: in the second-level cache of processors since 2015 but the smallest
+SECONDS = 0.02  # that a kernel is timed for
+
+
+def read_memory(data: NDArray[Any], pool: Pool | None = None) -> int:
+    """Read an array with plain loads and return the sum of its 64-bit words."""
+    handle = pool.handle if pool is not None else None
+    return int(load_library().sct_read_memory(handle, data.ctypes.data, data.nbytes))
+
+
+def bandwidth(pool: Pool, attempts: int = 3) -> float:
+    """Return how many bytes memory gives in a second, read with plain loads; the best of some attempts."""
+    memory = np.ones(BANDWIDTH_BYTES, dtype=np.uint8)
+    seconds = []
+    for _ in range(attempts):
+        start = time.perf_counter()
+        read_memory(memory, pool)
+        seconds.append(time.perf_counter() - start)
+    return memory.nbytes / min(seconds)
+
+
+def unpacking_seconds(weights: Sequence[NativeWeight], pool: Pool) -> float:
+    """Return the seconds that the products of one vector with all of `weights` take if no byte comes from memory.
+
+    For weights of one kind and shape the rows of one that fit into the caches are multiplied again and again, and
+    stand for all others.
+    """
+    alike: dict[tuple[object, ...], list[NativeWeight]] = {}
+    for weight in weights:
+        alike.setdefault((weight.kind, weight.shape, weight.group_size, weight.bitmask is None), []).append(weight)
+    return sum(len(group) * _unpacking_seconds(group[0], pool) for group in alike.values())
+
+
+def _unpacking_seconds(weight: NativeWeight, pool: Pool) -> float:
+    all_rows = weight.shape[0]
+    rows = min(all_rows, max(1, CACHED_BYTES * pool.threads * all_rows // weight.nbytes))
+
+    def run(times: int) -> float:
+        start = time.perf_counter()
+        if load_library().sct_repeat_product(pool.handle, ctypes.byref(weight.struct), rows, times) != 0:
+            raise MemoryError
+        return time.perf_counter() - start
+
+    run(2)  # brings the rows to the caches
+    times = max(2, round(SECONDS / max(run(2) / 2, 1e-7)))
+    return min(run(times) for _ in range(3)) / times * all_rows / rows
