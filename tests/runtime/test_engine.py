@@ -9,7 +9,8 @@ from itertools import zip_longest
 import numpy as np
 import pytest
 
-from secateur.runtime.loading import LoadedModel, load
+from secateur.runtime.loaded import LoadedModel
+from secateur.runtime.loading import load
 from secateur.runtime.options import GenerationOptions
 from tests.runtime.native_models import (
     NATIVE,
@@ -42,9 +43,9 @@ def test_prefix_is_not_computed_again(folders, monkeypatch):
     computed = []
     forward = backend.model.forward
 
-    def counting(ids, sequences, wants):
+    def counting(ids, sequences, wants, cancelled):
         computed.append(len(ids))
-        return forward(ids, sequences, wants)
+        return forward(ids, sequences, wants, cancelled)
 
     monkeypatch.setattr(backend.model, "forward", counting)
     first = loaded.generate("a" * 50, 4, ignore_eos=True)
