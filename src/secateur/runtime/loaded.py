@@ -180,9 +180,11 @@ class LoadedModel:
         check_batch(prompts)
         codec, limit = self.backend.codec, self.backend.max_positions
         encoded = [text.encode_prompt(prompt, codec, chosen.max_new_tokens, limit) for prompt in prompts]
-        batch = self.backend.generate_batch(encoded, chosen, cancelled=cancelled)
+        # Nothing else holds the iterators over tokens: at its stop string a text closes its own, and leaves the batch.
         streams = [
             text.cut_at_stop(text.decode_pieces(token_ids, codec, prompt_ids), chosen.stop)
-            for token_ids, prompt_ids in zip(batch, encoded, strict=True)
+            for token_ids, prompt_ids in zip(
+                self.backend.generate_batch(encoded, chosen, cancelled=cancelled), encoded, strict=True
+            )
         ]
         return text.join_in_turns(streams) if self.backend.together else ["".join(pieces) for pieces in streams]
