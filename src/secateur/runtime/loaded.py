@@ -154,9 +154,10 @@ class LoadedModel:
         """Return the text that follows each prompt.
 
         Natively one step computes a token of every text that goes on, and what all prompts begin with is computed
-        once; torch takes one text after the other. Text `i` is that of `generate` with the seed `seed + i`, up to the
-        order in which the kernels add, which depends on how many tokens a step has: where two tokens are almost
-        equally likely the other one may be taken, and the texts go apart.
+        once; torch takes one text after the other and gives exactly what `generate` does with the seed `seed + i` for
+        text `i`. Natively that holds up to the order in which the kernels add, which depends on how many tokens a step
+        has, and in int8 and int4 up to the rounding of activations to 8 bits, which carries the difference on: where
+        two tokens are about equally likely, the other one may be taken, and from there the texts differ.
 
         Parameters
         ----------
