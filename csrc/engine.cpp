@@ -183,11 +183,7 @@ void sct_model::mlp(const sct_block &block, int64_t n) {
     multiply(gate.data(), n, middle, &down, 1);
 }
 
-// All rows through all blocks; positions are set, and every sequence has room.
-void sct_model::chunk(int64_t n, const int32_t *tokens, sct_sequence *const *sequences, const uint8_t *wants,
-                      float *logits) {
-    reserve(n);
-    plan_attention(n, sequences);
+void sct_model::embed(int64_t n, const int32_t *tokens) {
     const int64_t half = shape.head_dim / 2;
     for (int64_t t = 0; t < n; t++) {
         sct_unpack_row(&embedding, tokens[t], hidden.data() + t * shape.hidden);
@@ -197,21 +193,34 @@ void sct_model::chunk(int64_t n, const int32_t *tokens, sct_sequence *const *seq
             sine.data()[t * half + i] = std::sin(angle) * shape.rope_factor;
         }
     }
-    for (size_t index = 0; index < blocks.size(); index++) {
+}
+
+// All rows through blocks [begin, end); positions are set, and every sequence has room.
+void sct_model::chunk(int64_t n, const int32_t *tokens, sct_sequence *const *sequences, const uint8_t *wants,
+                      float *logits, int64_t begin, int64_t end) {
+    next_block = 0;  // an error leaves nothing to go on with
+    reserve(n);
+    plan_attention(n, sequences);
+    if (begin == 0) embed(n, tokens);
+    for (int64_t index = begin; index < end; index++) {
         const sct_block &block = blocks[index];
         normalise(hidden.data(), block.attention_norm, n, normed.data());
         const Product projections[] = {{&block.query, block.query_bias, query.data()},
                                        {&block.key, block.key_bias, key.data()},
                                        {&block.value, block.value_bias, value.data()}};
         multiply(normed.data(), n, shape.hidden, projections, 3);
-        rotate_and_store(block, static_cast<int64_t>(index), n, sequences);
-        attention(static_cast<int64_t>(index), sequences);
+        rotate_and_store(block, index, n, sequences);
+        attention(index, sequences);
         const Product output = {&block.output, block.output_bias, added.data()};
         multiply(mixed.data(), n, shape.heads * shape.head_dim, &output, 1);
         add(hidden.data(), added.data(), n);
         normalise(hidden.data(), block.mlp_norm, n, normed.data());
         mlp(block, n);
         add(hidden.data(), added.data(), n);
+    }
+    if (end < shape.blocks) {
+        next_block = end;
+        return;
     }
     int64_t wanted = 0;
     for (int64_t t = 0; t < n; t++) {

@@ -46,12 +46,21 @@ void sct_sequence_destroy(sct_sequence *sequence);
 int64_t sct_sequence_length(const sct_sequence *sequence);
 // Forgets all but the first `length` tokens; -1 when it has fewer.
 int sct_sequence_truncate(sct_sequence *sequence, int64_t length);
+// Makes `target` the first `length` tokens of another sequence of the same model; -1 when that one has fewer, or `target`
+// no room for them.
+int sct_sequence_copy(sct_sequence *target, const sct_sequence *source, int64_t length);
 
 // Appends token i to sequences[i], for i in [0, n), in this order: a prompt is n times the same sequence, a batch n
 // different ones. Writes the logits [wanted, vocabulary] of those i with wants[i] != 0, one row after the other.
 // Returns 0; -1 without memory; -2 for a token out of range; -3 for a full sequence. Then no sequence has changed.
 int sct_forward(sct_model *model, int64_t n, const int32_t *tokens, sct_sequence *const *sequences,
                 const uint8_t *wants, float *logits);
+
+// A part of such a step, blocks [begin, end), for at most 256 tokens: a caller may give the step up between two parts.
+// Parts follow each other from 0 to the last block, with the same arguments and nothing else computed between; with the
+// last one logits are written and sequences change. Returns what sct_forward does; -4 for a part out of turn.
+int sct_forward_blocks(sct_model *model, int64_t n, const int32_t *tokens, sct_sequence *const *sequences,
+                       const uint8_t *wants, float *logits, int64_t begin, int64_t end);
 
 #ifdef __cplusplus
 }

@@ -35,6 +35,30 @@ const char *problem_of(const sct_model_shape &shape, const sct_block *blocks, co
     return nullptr;
 }
 
+int forward(sct_model *model, int64_t n, const int32_t *tokens, sct_sequence *const *sequences, const uint8_t *wants,
+            float *logits, int64_t begin, int64_t end) {
+    try {
+        std::map<sct_sequence *, int64_t> lengths;
+        std::vector<int64_t> positions(n);
+        for (int64_t i = 0; i < n; i++) {
+            if (tokens[i] < 0 || tokens[i] >= model->shape.vocabulary) return -2;
+            positions[i] = lengths.try_emplace(sequences[i], sequences[i]->length).first->second++;
+            if (positions[i] >= sequences[i]->capacity) return -3;
+        }
+        for (int64_t start = 0; start < n; start += sct::CHUNK) {
+            const int64_t count = std::min(sct::CHUNK, n - start);
+            model->positions.assign(positions.begin() + start, positions.begin() + start + count);
+            model->chunk(count, tokens + start, sequences + start, wants + start, logits, begin, end);
+            for (int64_t i = start; i < start + count; i++) logits += wants[i] ? model->shape.vocabulary : 0;
+        }
+        if (end < model->shape.blocks) return 0;
+        for (const auto &[sequence, length] : lengths) sequence->length = length;
+    } catch (const std::bad_alloc &) {
+        return -1;
+    }
+    return 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -79,6 +103,8 @@ sct_sequence *sct_sequence_create(const sct_model *model, int64_t capacity) {
         std::calloc(entries, sizeof(uint16_t))));
     if (!sequence->memory) return nullptr;
     sequence->capacity = capacity;
+    sequence->heads = shape.blocks * shape.kv_heads;
+    sequence->head_dim = shape.head_dim;
     sequence->head_size = head_size;
     return sequence.release();
 }
@@ -93,27 +119,29 @@ int sct_sequence_truncate(sct_sequence *sequence, int64_t length) {
     return 0;
 }
 
+int sct_sequence_copy(sct_sequence *target, const sct_sequence *source, int64_t length) {
+    if (length < 0 || length > source->length || length > target->capacity) return -1;
+    if (target->heads != source->heads || target->head_dim != source->head_dim) return -1;
+    const int64_t rounded = (length + sct::LANES - 1) / sct::LANES * sct::LANES;
+    for (int64_t i = 0; i < source->heads; i++) {
+        const sct::HeadCache to = target->cache(i), from = source->cache(i);
+        std::memcpy(to.keys, from.keys, rounded * source->head_dim * sizeof(uint16_t));
+        std::memcpy(to.values, from.values, length * source->head_dim * sizeof(uint16_t));
+    }
+    target->length = length;
+    return 0;
+}
+
 int sct_forward(sct_model *model, int64_t n, const int32_t *tokens, sct_sequence *const *sequences,
                 const uint8_t *wants, float *logits) {
-    try {
-        std::map<sct_sequence *, int64_t> lengths;
-        std::vector<int64_t> positions(n);
-        for (int64_t i = 0; i < n; i++) {
-            if (tokens[i] < 0 || tokens[i] >= model->shape.vocabulary) return -2;
-            positions[i] = lengths.try_emplace(sequences[i], sequences[i]->length).first->second++;
-            if (positions[i] >= sequences[i]->capacity) return -3;
-        }
-        for (int64_t start = 0; start < n; start += sct::CHUNK) {
-            const int64_t count = std::min(sct::CHUNK, n - start);
-            model->positions.assign(positions.begin() + start, positions.begin() + start + count);
-            model->chunk(count, tokens + start, sequences + start, wants + start, logits);
-            for (int64_t i = start; i < start + count; i++) logits += wants[i] ? model->shape.vocabulary : 0;
-        }
-        for (const auto &[sequence, length] : lengths) sequence->length = length;
-    } catch (const std::bad_alloc &) {
-        return -1;
-    }
-    return 0;
+    return forward(model, n, tokens, sequences, wants, logits, 0, model->shape.blocks);
+}
+
+int sct_forward_blocks(sct_model *model, int64_t n, const int32_t *tokens, sct_sequence *const *sequences,
+                       const uint8_t *wants, float *logits, int64_t begin, int64_t end) {
+    if (n > sct::CHUNK || begin >= end || end > model->shape.blocks || begin < 0) return -4;
+    if (begin > 0 && begin != model->next_block) return -4;
+    return forward(model, n, tokens, sequences, wants, logits, begin, end);
 }
 
 }  // extern "C"

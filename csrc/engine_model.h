@@ -56,6 +56,8 @@ struct AttentionTask {
 
 struct sct_sequence {
     int64_t capacity = 0, length = 0;
+    int64_t heads = 0;      // of all blocks
+    int64_t head_dim = 0;
     int64_t head_size = 0;  // entries of one head's keys, and of its values
     std::unique_ptr<uint16_t, sct::Free> memory;
 
@@ -78,6 +80,7 @@ struct sct_model {
     sct::Buffer<char> input;
     std::vector<int64_t> positions;
     std::vector<sct::AttentionTask> tasks;
+    int64_t next_block = 0;  // where the step in `hidden` goes on
 
     ~sct_model() {
         if (pool) sct_pool_destroy(pool);
@@ -87,7 +90,9 @@ struct sct_model {
     void multiply(const float *x, int64_t n, int64_t cols, const sct::Product *products, int count);
     void prepare(const float *x, int64_t n, int64_t cols, int forms);
     void normalise(const float *x, const float *weight, int64_t n, float *y);
-    void chunk(int64_t n, const int32_t *tokens, sct_sequence *const *sequences, const uint8_t *wants, float *logits);
+    void chunk(int64_t n, const int32_t *tokens, sct_sequence *const *sequences, const uint8_t *wants, float *logits,
+               int64_t begin, int64_t end);
+    void embed(int64_t n, const int32_t *tokens);
     void plan_attention(int64_t n, sct_sequence *const *sequences);
     void rotate_and_store(const sct_block &block, int64_t index, int64_t n, sct_sequence *const *sequences);
     void attention(int64_t index, sct_sequence *const *sequences);

@@ -14,7 +14,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)  // everything else is compiled hidden
 
-#define SCT_ABI_VERSION 1
+#define SCT_ABI_VERSION 2
 
 // How a kept weight is stored. Integer codes are unsigned with an offset: value = (code - 128) * scale for int8,
 // (code - 8) * scale for int4 (two in a byte, low nibble first; each row begins on a byte).

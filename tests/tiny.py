@@ -5,6 +5,7 @@ fewer than two hundred thousand parameters. Their weights are wide enough that o
 and the feed-forward width is no multiple of 64.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,14 @@ def tiny_model(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32
     return model.eval()
 
 
-def tiny_tokenizer(*, add_bos: bool = False) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(*, add_bos: bool = False, more_specials: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token for each byte: ids 0-255 in byte-level alphabet order, then the specials."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.add_special_tokens([*SPECIALS, *more_specials])
     if add_bos:
         from tokenizers.processors import TemplateProcessing
 

@@ -128,6 +128,7 @@ def inspect(
 def generate(
     model: Annotated[str, typer.Argument(help="A sub-model folder, or any base model.")],
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to go on from.")],
+    suffix: Annotated[str | None, typer.Option(help="Text to follow the answer: fill in the middle.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw among so many likeliest tokens; 0: all.")] = 0,
@@ -149,9 +150,10 @@ def generate(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     loaded = load(model, threads=threads, engine=engine)
-    pieces = loaded.stream(prompt, **asdict(chosen))
+    pieces = loaded.stream(prompt, suffix=suffix, **asdict(chosen))
     if as_json:
-        console.print_json({"prompt": prompt, "text": "".join(pieces)})
+        between = {} if suffix is None else {"suffix": suffix}
+        console.print_json({"prompt": prompt, **between, "text": "".join(pieces)})
         return
     for piece in pieces:
         sys.stdout.write(piece)

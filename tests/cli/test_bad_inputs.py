@@ -552,6 +552,12 @@ bad("generate: seed out of range", lambda p: p.generate("--seed", str(2**80)), "
 bad("generate: threads 0", lambda p: p.generate("--threads", "0"), "--threads", code=2)
 bad("generate: missing model", lambda p: p.generate(model="nosuch"), "'nosuch'")
 bad("generate: prompt that is no text", lambda p: p.generate(prompt="a\udcffb"), "prompt", "UTF-8")
+bad(
+    "generate: suffix without its tokens",
+    lambda p: p.generate("--suffix", "x"),
+    "fill-in-the-middle",
+    "leave the suffix",
+)
 bad("generate: no prompt", lambda p: ["generate", p.child], "--prompt", code=2)
 
 # The rest.

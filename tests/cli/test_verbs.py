@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import secateur
 from secateur.cli import main
 from tests.cli.running import Outcome, run, write_sources
+from tests.tiny import tiny_tokenizer
 
 SMALL = ["--samples", "4", "--sequence-length", "64", "--threads", "1"]
 
@@ -225,6 +226,17 @@ def test_generate_streams_text_and_speaks_json(inputs, work, capsys):
     assert answer["text"]
     assert text.out == answer["text"] + "\n"
     assert secateur.load(inputs / "child").generate("def f", max_new_tokens=12) == answer["text"]
+
+
+def test_generate_fills_in_the_middle(inputs, work, capsys):
+    shutil.copytree(inputs / "child", "coder")
+    specials = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
+    tiny_tokenizer(more_specials=specials).save_pretrained("coder")
+    arguments = ["generate", "coder", "-p", "def f", "--suffix", "return", "--max-new-tokens", "12", "--threads", "1"]
+    answer = json.loads(run([*arguments, "--json"], capsys).out)
+    expected = secateur.load("coder").generate("<fim_prefix>def f<fim_suffix>return<fim_middle>", max_new_tokens=12)
+    assert answer == {"prompt": "def f", "suffix": "return", "text": expected}
+    assert run(arguments, capsys).out == expected + "\n"
 
 
 def test_generate_draws_with_a_seed(inputs, work, capsys):

@@ -9,14 +9,15 @@ from itertools import zip_longest
 import numpy as np
 import pytest
 
-from secateur.runtime.loading import LoadedModel, load
+from secateur.runtime.loaded import LoadedModel
+from secateur.runtime.loading import load
 from secateur.runtime.options import GenerationOptions
 from tests.runtime.native_models import (
     NATIVE,
     native,
     reference_logits,
 )
-from tests.tiny import EOS
+from tests.tiny import EOS, save_tiny
 
 
 @pytest.mark.parametrize("family", NATIVE)
@@ -42,9 +43,9 @@ def test_prefix_is_not_computed_again(folders, monkeypatch):
     computed = []
     forward = backend.model.forward
 
-    def counting(ids, sequences, wants):
+    def counting(ids, sequences, wants, cancelled):
         computed.append(len(ids))
-        return forward(ids, sequences, wants)
+        return forward(ids, sequences, wants, cancelled)
 
     monkeypatch.setattr(backend.model, "forward", counting)
     first = loaded.generate("a" * 50, 4, ignore_eos=True)
@@ -55,6 +56,25 @@ def test_prefix_is_not_computed_again(folders, monkeypatch):
         assert sum(computed) <= needed + 3
         assert again == LoadedModel(folders["llama"], native(folders["llama"])).generate(prompt, 4, ignore_eos=True)
     assert loaded.generate("a" * 50, 4, ignore_eos=True) == first
+
+
+def test_prefix_is_kept_when_a_text_outgrows_its_room(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "long", "llama", max_position_embeddings=4096)
+    loaded = load(folder, engine="native")
+    loaded.generate("a" * 1500, 1)
+    computed = []
+    forward = loaded.backend.model.forward
+
+    def counting(ids, *arguments):
+        logits = forward(ids, *arguments)
+        computed.extend(ids)
+        return logits
+
+    monkeypatch.setattr(loaded.backend.model, "forward", counting)
+    found = loaded.generate("a" * 1500 + "b" * 9, 1000, ignore_eos=True, cancelled=lambda: len(computed) > 20)
+    assert len(computed) == 9 + 12
+    fresh = load(folder, engine="native")
+    assert fresh.generate("a" * 1500 + "b" * 9, 13, ignore_eos=True) == found
 
 
 def test_two_streams_at_once_do_not_mix(folders):

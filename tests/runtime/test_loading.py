@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from secateur.errors import CheckpointError, ConfigError, ModelError
 from secateur.runtime.generation import TransformersBackend
-from secateur.runtime.loading import LoadedModel
+from secateur.runtime.loaded import LoadedModel
 from secateur.runtime.loading import load as load_any
 from tests.tiny import EOS, save_tiny, tiny_model, tiny_tokenizer
 

@@ -55,6 +55,21 @@ def test_sequences_of_a_batch_are_independent(folders):
         assert close(found[row], reference_logits(folders["qwen2"], prompts[index] + more[index])[-1])
 
 
+def test_copied_sequence_goes_on_like_its_source(folders):
+    model = native(folders["qwen2"]).model
+    source, target = NativeSequence(model, 90), NativeSequence(model, 60)
+    start, end = tokens(40), tokens(7, 1)
+    model.forward(start, [source] * 40, [False] * 40)
+    target.copy(source, 37)  # no multiple of the blocks in which keys are kept
+    assert len(target) == 37
+    found = model.forward(end, [target] * 7, [True] * 7)
+    assert close(found, reference_logits(folders["qwen2"], start[:37] + end)[37:])
+    assert len(source) == 40
+    for length, room in ((41, 60), (40, 39)):
+        with pytest.raises(ValueError, match="cannot be copied"):
+            NativeSequence(model, room).copy(source, length)
+
+
 def test_truncated_sequence_goes_on_as_if_nothing_had_followed(folders):
     model = native(folders["mistral"]).model
     sequence = NativeSequence(model, 100)

@@ -3,23 +3,21 @@
 Needs neither torch nor transformers: a folder is ready in well under a second when its files are in the page cache.
 """
 
-import os
-import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from secateur.checkpoint.format import check_quantization_config, read_json
 from secateur.errors import CheckpointError, ConfigError, ModelError, NativeCodeError
 from secateur.runtime.architecture import Architecture, NotNativeError, read_architecture
+from secateur.runtime.batch import NativeBatch, check_memory
+from secateur.runtime.cancelling import Cancelled, IsCancelled
+from secateur.runtime.contexts import Contexts
 from secateur.runtime.kernels import load_library
-from secateur.runtime.native_model import NativeModel, NativeSequence
+from secateur.runtime.native_model import NativeModel
 from secateur.runtime.options import GenerationOptions
 from secateur.runtime.sampling import Sampler
 from secateur.runtime.threads import usable_threads
@@ -27,10 +25,7 @@ from secateur.runtime.threads import usable_threads
 if TYPE_CHECKING:
     from secateur.models.source import ModelFolder
 
-MIN_CAPACITY = 2048  # tokens: address space, not memory, until they come
-CAPACITY_STEP = 1024
 MAX_THREADS = 1024
-PREFILL = 256  # tokens of a prompt in one step; between two steps a caller may stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,98 +39,97 @@ class TokenizersCodec:
         """Return the token ids of a text, with the special tokens that the tokenizer adds."""
         return list(self.tokenizer.encode(text).ids)
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the token ids of a text alone, with nothing added."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token of the vocabulary, or None."""
+        found: int | None = self.tokenizer.token_to_id(token)
+        return found
+
+    def special_tokens(self) -> set[str]:
+        """Return the tokens that no text has."""
+        return {token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special}
+
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids; special tokens have none."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-@dataclass(eq=False)
-class _Cached:
-    """A sequence and the tokens that it holds."""
-
-    sequence: NativeSequence
-    tokens: list[int] = field(default_factory=list)
-
-    def common_prefix(self, prompt: Sequence[int]) -> int:
-        """Return how many tokens of a prompt need not be computed; the last one always is, for its logits."""
-        limit = min(len(self.tokens), len(prompt) - 1)
-        return next((i for i in range(limit) if self.tokens[i] != prompt[i]), limit)
-
-
 class NativeBackend:
     """A model that the native engine runs.
 
-    What the last texts have in common with a new prompt is not computed again.
+    What the last text has in common with a new prompt is not computed again.
     """
 
     name = "native"
+    together = True
 
     def __init__(self, model: NativeModel, codec: TokenizersCodec, end_ids: frozenset[int]) -> None:
         self.model, self.codec, self.end_ids = model, codec, end_ids
         self.tokenizer = codec.tokenizer
-        self.max_positions: int | None = model.architecture.max_positions
-        self._idle: list[_Cached] = []
-        # Reentrant: a stream that was given up may be closed by the garbage collector, in the midst of a step.
-        self._lock = RLock()
-        if hasattr(os, "register_at_fork"):
-            reference = weakref.ref(self)
-            os.register_at_fork(after_in_child=lambda: _renew_lock(reference()))
+        self.contexts = Contexts(model)
+        self.max_positions = self.contexts.max_positions
 
-    def generate(self, prompt_ids: Sequence[int], options: GenerationOptions) -> Iterator[int]:
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        options: GenerationOptions,
+        *,
+        end_ids: frozenset[int] = frozenset(),
+        cancelled: IsCancelled | None = None,
+    ) -> Iterator[int]:
         """Yield new token ids until `max_new_tokens`, or before one that ends a text unless they are ignored.
+
+        Parameters
+        ----------
+        end_ids
+            Tokens that end this text, beside those that end any.
+        cancelled
+            Asked between tokens and, while a long prompt is read, between blocks; the text then ends.
 
         Raises
         ------
         ModelError
             When the model computes NaN: its weights are damaged.
         """
+        ends = frozenset() if options.ignore_eos else self.end_ids | end_ids
         sampler = Sampler(options)
-        cached = self._take(prompt_ids, len(prompt_ids) + options.max_new_tokens)
+        context = self.contexts.take(prompt_ids, len(prompt_ids) + options.max_new_tokens)
         try:
-            logits = self._prefill(cached, prompt_ids)
+            new = prompt_ids[len(context.tokens) :]
+            wants = [False] * (len(new) - 1) + [True]
+            logits = self.contexts.prefill(new, [context] * len(new), wants, cancelled)
             for remaining in range(options.max_new_tokens, 0, -1):
-                token_id = sampler.choose(logits, cached.tokens)
-                if token_id in self.end_ids and not options.ignore_eos:
+                token_id = sampler.choose(logits[-1], context.tokens)
+                if token_id in ends:
                     return
                 yield token_id
                 if remaining > 1:
-                    logits = self._step(cached, [token_id])
+                    logits = self.contexts.step([token_id], [context], [True], cancelled)
+        except Cancelled:
+            return
         finally:
-            with self._lock:
-                self._idle = [cached]  # the last text is the likeliest to go on
+            self.contexts.give_back(context)
 
-    def _take(self, prompt_ids: Sequence[int], length: int) -> _Cached:
-        """Return an idle sequence with room for `length` tokens, cut to what it shares with the prompt."""
-        with self._lock:
-            found = next((one for one in self._idle if one.sequence.capacity >= length), None)
-            self._idle = []
-        if found is None:
-            roomy = max(MIN_CAPACITY, -(-length // CAPACITY_STEP) * CAPACITY_STEP)
-            return _Cached(NativeSequence(self.model, max(length, min(roomy, self.max_positions or roomy))))
-        known = found.common_prefix(prompt_ids)
-        found.sequence.truncate(known)
-        del found.tokens[known:]
-        return found
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        *,
+        cancelled: IsCancelled | None = None,
+    ) -> list[Iterator[int]]:
+        """Return for each prompt what `generate` does, computed together; see `NativeBatch`.
 
-    def _prefill(self, cached: _Cached, prompt_ids: Sequence[int]) -> NDArray[np.float32]:
-        logits = np.empty(0, dtype=np.float32)
-        for start in range(len(cached.tokens), len(prompt_ids), PREFILL):
-            logits = self._step(cached, prompt_ids[start : start + PREFILL], last=start + PREFILL >= len(prompt_ids))
-        return logits
-
-    def _step(self, cached: _Cached, tokens: Sequence[int], *, last: bool = True) -> NDArray[np.float32]:
-        """Append tokens, and return the logits [vocabulary] after the last of them if they are wanted."""
-        wants = [False] * (len(tokens) - 1) + [last]
-        with self._lock:
-            logits = self.model.forward(tokens, [cached.sequence] * len(tokens), wants)
-        cached.tokens.extend(tokens)
-        return logits[0] if last else np.empty(0, dtype=np.float32)
-
-
-def _renew_lock(backend: NativeBackend | None) -> None:
-    """Give a forked process a lock of its own: another thread of the parent may have held the old one."""
-    if backend is not None:
-        backend._lock = RLock()
+        Raises
+        ------
+        ResourceError
+            When there is too little memory for so many texts.
+        """
+        check_memory(self.model.architecture, [len(prompt) + options.max_new_tokens for prompt in prompts])
+        ends = frozenset() if options.ignore_eos else self.end_ids
+        return NativeBatch(self.contexts, prompts, options, ends, cancelled).streams()
 
 
 def open_native(folder: "ModelFolder", *, threads: int | None = None) -> NativeBackend:

@@ -2,14 +2,17 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import ModelError
+from secateur.runtime.cancelling import Cancelled, IsCancelled
 from secateur.runtime.options import GenerationOptions
 
 
@@ -29,6 +32,19 @@ class TransformersCodec:
         """Return the token ids of a text, with the special tokens that the tokenizer adds."""
         return list(self.tokenizer(text)["input_ids"])
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the token ids of a text alone, with nothing added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token of the vocabulary, or None."""
+        found: int | None = self.tokenizer.convert_tokens_to_ids(token)  # of an unknown one the id of the unknown token
+        return found if found is not None and self.tokenizer.convert_ids_to_tokens(found) == token else None
+
+    def special_tokens(self) -> set[str]:
+        """Return the tokens that no text has."""
+        return {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids; special tokens have none."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -44,15 +60,30 @@ class TransformersBackend:
     """
 
     name = "torch"
+    together = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.codec = TransformersCodec(tokenizer)
         self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    def generate(self, prompt_ids: Sequence[int], options: GenerationOptions) -> Iterator[int]:
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        options: GenerationOptions,
+        *,
+        end_ids: frozenset[int] = frozenset(),
+        cancelled: IsCancelled | None = None,
+    ) -> Iterator[int]:
         """Yield new token ids; see `generate_token_ids`."""
-        return generate_token_ids(self.model, prompt_ids, options, end_of_sequence_ids(self.model, self.tokenizer))
+        ends = end_of_sequence_ids(self.model, self.tokenizer) | end_ids
+        return generate_token_ids(self.model, prompt_ids, options, ends, cancelled)
+
+    def generate_batch(
+        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, *, cancelled: IsCancelled | None = None
+    ) -> list[Iterator[int]]:
+        """Return for each prompt what `generate` does, one after the other."""
+        return [self.generate(ids, options.of_text(i), cancelled=cancelled) for i, ids in enumerate(prompts)]
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -66,24 +97,48 @@ def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def generate_token_ids(
-    model: PreTrainedModel, prompt_ids: Sequence[int], options: GenerationOptions, end_ids: frozenset[int]
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    options: GenerationOptions,
+    end_ids: frozenset[int],
+    cancelled: IsCancelled | None = None,
 ) -> Iterator[int]:
-    """Yield new token ids until `max_new_tokens`, or before the first of `end_ids` unless they are ignored."""
+    """Yield new token ids until `max_new_tokens`, or before the first of `end_ids` unless they are ignored.
+
+    The text also ends when `cancelled` says so, which is asked before each operation of the model.
+    """
     generator = torch.Generator()
     if options.seed is None:
         generator.seed()
     else:
         generator.manual_seed(options.seed)
     known = list(prompt_ids)
-    logits, cache = _forward(model, known, None)
-    for remaining in range(options.max_new_tokens, 0, -1):
+    step, cache = known, None
+    for _ in range(options.max_new_tokens):
+        try:
+            with _Watched(cancelled) if cancelled else nullcontext():
+                logits, cache = _forward(model, step, cache)
+        except Cancelled:
+            return
         token_id = choose_token(logits, options, generator, known)
         if token_id in end_ids and not options.ignore_eos:
             return
         yield token_id
         known.append(token_id)
-        if remaining > 1:
-            logits, cache = _forward(model, [token_id], cache)
+        step = [token_id]
+
+
+class _Watched(TorchFunctionMode):
+    """Asks before each function of torch, on this thread, whether to go on; the step of a long prompt has many."""
+
+    def __init__(self, cancelled: IsCancelled) -> None:
+        super().__init__()
+        self._cancelled = cancelled
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._cancelled():
+            raise Cancelled
+        return func(*args, **(kwargs or {}))
 
 
 @torch.inference_mode()

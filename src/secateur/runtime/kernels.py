@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from secateur.errors import CheckpointError, NativeCodeError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-ABI_VERSION = 1
+ABI_VERSION = 2
 KINDS = {"bf16": 0, "fp16": 1, "int8": 2, "int4": 3}
 GROUP_SIZES = (32, 64, 128)
 WORD_BITS = 64

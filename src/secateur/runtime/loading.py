@@ -1,106 +1,22 @@
-"""A model that is ready to generate: any base model, or a sub-model, run natively where that is possible."""
+"""Opening a model to generate with: any base model, or a sub-model, run natively where that is possible."""
 
 import functools
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from secateur.errors import CheckpointError, ConfigError, ModelError, NativeCodeError, SecateurError
+from secateur.runtime.loaded import LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from secateur.models.source import ModelFolder
-    from secateur.runtime.options import GenerationOptions
-    from secateur.runtime.text import Codec
 
 logger = logging.getLogger(__name__)
 
 ENGINES = ("auto", "native", "torch")
-
-
-class Backend(Protocol):
-    """A way to run a model."""
-
-    name: str
-    max_positions: int | None
-
-    @property
-    def codec(self) -> "Codec":
-        """From text to tokens and back."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The codec's own tokenizer."""
-
-    def generate(self, prompt_ids: Sequence[int], options: "GenerationOptions") -> Iterator[int]:
-        """Yield new token ids until there are enough, or before one that ends the text."""
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedModel:
-    """A model with its tokenizer.
-
-    Attributes
-    ----------
-    path
-        The Hugging Face folder that it was read from.
-    backend
-        What runs it: `backend.name` is `native` or `torch`.
-    """
-
-    path: Path
-    backend: Backend = field(repr=False)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer: of transformers with the engine `torch`, of tokenizers with `native`."""
-        return self.backend.tokenizer
-
-    @property
-    def model(self) -> "PreTrainedModel":
-        """The transformers model; raises `ModelError` when the model runs natively."""
-        if self.backend.name != "torch":
-            raise ModelError(f"{str(self.path)!r} runs natively, without transformers; load it with engine='torch'")
-        model: PreTrainedModel = self.backend.model  # type: ignore[attr-defined]
-        return model
-
-    def generate(self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, **options: Any) -> str:
-        """Return the text that follows `prompt`, without the prompt.
-
-        Parameters
-        ----------
-        prompt
-            Text, special tokens included where the model uses them; no chat template is applied.
-        max_new_tokens, temperature
-            The default takes the most likely token each time.
-        **options
-            `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`, `stop`, `ignore_eos`: see
-            `secateur.runtime.options.GenerationOptions`.
-
-        Raises
-        ------
-        ConfigError
-            When an option cannot be used, the prompt is empty or too long for the model.
-        """
-        return "".join(self.stream(prompt, max_new_tokens, temperature, **options))
-
-    def stream(self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, **options: Any) -> Iterator[str]:
-        """Return an iterator over the pieces of what `generate` returns, each as soon as it is certain.
-
-        Pieces are whole characters and never empty. Takes and raises what `generate` does, before the first piece.
-        """
-        from secateur.runtime import text
-        from secateur.runtime.options import make_options
-
-        chosen = make_options({"max_new_tokens": max_new_tokens, "temperature": temperature, **options})
-        codec = self.backend.codec
-        prompt_ids = text.encode_prompt(prompt, codec, chosen.max_new_tokens, self.backend.max_positions)
-        token_ids = self.backend.generate(prompt_ids, chosen)
-        return text.cut_at_stop(text.decode_pieces(token_ids, codec, prompt_ids), chosen.stop)
 
 
 def load(path: str | Path, *, threads: int | None = None, device: str = "cpu", engine: str = "auto") -> LoadedModel:

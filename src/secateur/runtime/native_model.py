@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from secateur.checkpoint.format import Encoding, Stored, StoredWeights
 from secateur.errors import CheckpointError, ConfigError, ModelError
 from secateur.runtime.architecture import Architecture, NotNativeError
+from secateur.runtime.cancelling import Cancelled, IsCancelled
 from secateur.runtime.kernels import NativeWeight, WeightStruct, load_library
 from secateur.runtime.mapped import MappedFile, MappedTensor
 
@@ -30,6 +31,10 @@ PROJECTIONS = {
 }
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+
+
+CHUNK = 256  # tokens that the engine takes through a block together
+WHOLE = 16  # up to so many tokens a step is too short to be given up in its midst
 
 
 class _Shape(ctypes.Structure):
@@ -63,7 +68,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sct_sequence_destroy": (None, [_POINTER]),
     "sct_sequence_length": (_COUNT, [_POINTER]),
     "sct_sequence_truncate": (ctypes.c_int, [_POINTER, _COUNT]),
+    "sct_sequence_copy": (ctypes.c_int, [_POINTER, _POINTER, _COUNT]),
     "sct_forward": (ctypes.c_int, [_POINTER, _COUNT, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "sct_forward_blocks": (ctypes.c_int, [_POINTER, _COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _COUNT]),
 }
 
 
@@ -99,6 +106,11 @@ class NativeSequence:
         """Forget all but the first `length` tokens."""
         if self._library.sct_sequence_truncate(self.handle, length) != 0:
             raise ValueError(f"a sequence of {len(self)} tokens cannot be cut to {length}")
+
+    def copy(self, source: "NativeSequence", length: int) -> None:
+        """Become the first `length` tokens of another sequence of the same model."""
+        if self._library.sct_sequence_copy(self.handle, source.handle, length) != 0:
+            raise ValueError(f"{length} of {len(source)} tokens cannot be copied to a sequence for {self.capacity}")
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
@@ -160,7 +172,11 @@ class NativeModel:
             self.handle = None
 
     def forward(
-        self, tokens: Sequence[int], sequences: Sequence[NativeSequence], wants: Sequence[bool]
+        self,
+        tokens: Sequence[int],
+        sequences: Sequence[NativeSequence],
+        wants: Sequence[bool],
+        cancelled: IsCancelled | None = None,
     ) -> NDArray[np.float32]:
         """Append a token to each of `sequences`, and return the logits after those that are wanted.
 
@@ -168,6 +184,8 @@ class NativeModel:
         ----------
         tokens, sequences, wants
             Of one length: token `i` goes to sequence `i`. A prompt repeats its sequence, a batch has different ones.
+        cancelled
+            Asked before the step and, in one of up to `CHUNK` tokens, before each of its blocks.
 
         Returns
         -------
@@ -177,6 +195,9 @@ class NativeModel:
         ------
         ConfigError
             When a token is not of the vocabulary or a sequence has no room; then no sequence has changed.
+        Cancelled
+            When `cancelled` says so; then no sequence has changed either. The same holds for an interrupt (Ctrl-C),
+            which takes effect between two blocks.
         """
         ids = np.asarray(tokens, dtype=np.int32)
         flags = np.asarray(wants, dtype=np.uint8)
@@ -184,16 +205,29 @@ class NativeModel:
         if not len(ids) == len(flags) == len(handles):
             raise ValueError(f"{len(ids)} tokens for {len(handles)} sequences and {len(flags)} wants")
         logits = np.empty((int(np.count_nonzero(flags)), self.architecture.vocabulary), dtype=np.float32)
-        status = _library().sct_forward(
-            self.handle, len(ids), ids.ctypes.data, handles, flags.ctypes.data, logits.ctypes.data
-        )
+        arguments = (self.handle, len(ids), ids.ctypes.data, handles, flags.ctypes.data, logits.ctypes.data)
+        status = self._run(arguments, len(ids), cancelled)
         if status == -1:
             raise MemoryError(f"no memory for a step of {len(ids)} tokens")
         if status == -2:
             raise ConfigError(f"a token is outside of the vocabulary of {self.architecture.vocabulary}")
         if status == -3:
             raise ConfigError(f"a sequence has no room for {len(ids)} more tokens")
+        if status != 0:
+            raise RuntimeError("another step of the same model began before this one had ended")
         return logits
+
+    def _run(self, arguments: tuple[Any, ...], tokens: int, cancelled: IsCancelled | None) -> int:
+        """Compute a step, block by block where it is long: Python hears of signals only between two native calls."""
+        whole = not WHOLE < tokens <= CHUNK
+        for block in range(1 if whole else self.architecture.blocks):
+            if cancelled is not None and cancelled():
+                raise Cancelled
+            if whole:
+                return int(_library().sct_forward(*arguments))
+            if status := _library().sct_forward_blocks(*arguments, block, block + 1):
+                return int(status)
+        return 0
 
     def _count_bytes(self, looked_up: NativeWeight | None) -> int:
         """Return the bytes that a decoded token reads: all weights but an embedding that only gives a row."""

@@ -6,7 +6,7 @@ carries are not applied; of that file only the end-of-sequence tokens count.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from secateur.errors import ConfigError
@@ -70,6 +70,10 @@ class GenerationOptions:
             raise ConfigError(f"seed is {self.seed}; it must be 0 or more, and below 2^64")
         if "" in self.stop:
             raise ConfigError("an empty stop string would stop every text before its first character; leave it out")
+
+    def of_text(self, index: int) -> "GenerationOptions":
+        """Return the options of one text of a batch: it draws as one that is generated alone with `seed + index`."""
+        return self if self.seed is None else replace(self, seed=(self.seed + index) % 2**64)
 
 
 def make_options(values: Mapping[str, Any]) -> GenerationOptions:

@@ -19,6 +19,15 @@ class Codec(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with the special tokens that the tokenizer adds."""
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the token ids of a text alone, with nothing added."""
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token of the vocabulary, or None."""
+
+    def special_tokens(self) -> set[str]:
+        """Return the tokens that no text has."""
+
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids; special tokens have none."""
 
@@ -31,21 +40,31 @@ def encode_prompt(prompt: str, codec: Codec, max_new_tokens: int, max_positions:
     ConfigError
         When there is nothing to start from, or prompt and new tokens exceed the positions that the model knows.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"the prompt {prompt[:60]!a} holds bytes that are not UTF-8; give text") from None
+    check_text("prompt", prompt)
     token_ids = codec.encode(prompt)
     if not token_ids and codec.begin_id is not None:
         token_ids = [codec.begin_id]
     if not token_ids:
         raise ConfigError("the prompt is empty and this model has no token for the begin of a text; give some text")
+    check_length(token_ids, max_new_tokens, max_positions)
+    return token_ids
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise `ConfigError` when a string is no text: when it holds halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"the {name} {text[:60]!a} holds bytes that are not UTF-8; give text") from None
+
+
+def check_length(token_ids: Sequence[int], max_new_tokens: int, max_positions: int | None) -> None:
+    """Raise `ConfigError` when prompt and new tokens exceed the positions that the model knows."""
     if max_positions is not None and len(token_ids) + max_new_tokens > max_positions:
         raise ConfigError(
             f"prompt of {len(token_ids)} tokens and {max_new_tokens} new ones exceed the {max_positions} positions of "
             "this model; shorten the prompt or ask for fewer new tokens"
         )
-    return token_ids
 
 
 def decode_pieces(token_ids: Iterable[int], codec: Codec, prompt_ids: Sequence[int]) -> Iterator[str]:
@@ -85,6 +104,20 @@ def cut_at_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
             held = held[len(held) - keep :]
     if held:
         yield held
+
+
+def join_in_turns(streams: Sequence[Iterator[str]]) -> list[str]:
+    """Return the whole text of each stream, taking one piece of each in turn."""
+    texts = [""] * len(streams)
+    running = dict(enumerate(streams))
+    while running:
+        for index in list(running):
+            piece = next(running[index], None)
+            if piece is None:
+                del running[index]
+            else:
+                texts[index] += piece
+    return texts
 
 
 def _overlap(text: str, stop: str) -> int:
