@@ -26,10 +26,9 @@ struct Range {
     int64_t begin, end;
 };
 
-// A thread's share of `count` things, in whole units.
-Range share(int64_t count, int thread, int threads, int64_t unit = 1) {
-    const int64_t units = (count + unit - 1) / unit;
-    return {std::min(count, units * thread / threads * unit), std::min(count, units * (thread + 1) / threads * unit)};
+// A thread's share of `count` things.
+Range share(int64_t count, int thread, int threads) {
+    return {count * thread / threads, count * (thread + 1) / threads};
 }
 
 // Tiles are made of whole steps; one vector can be split anywhere, which shares small weights out better.
@@ -64,15 +63,17 @@ void sct_model::multiply(const float *x, int64_t n, int64_t cols, const Product 
     int forms = 0;
     for (int i = 0; i < count; i++) forms |= form_of(*products[i].weight);
     prepare(x, n, cols, forms);
-    parallel(pool, [&](int thread, int threads) {
+    const int threads = sct_pool_threads(pool);
+    for (int i = 0; i < count; i++) shares[i].reset(threads, products[i].weight->rows, row_unit(n));
+    parallel(pool, [&](int thread, int) {
         for (int i = 0; i < count; i++) {
             const Product &product = products[i];
             const int64_t rows = product.weight->rows;
-            const Range mine = share(rows, thread, threads, row_unit(n));
-            sct_rows(product.weight, input.data(), n, product.out, rows, mine.begin, mine.end);
-            if (!product.bias) continue;
-            for (int64_t t = 0; t < n; t++)
-                sct::layers().add(product.out + t * rows + mine.begin, product.bias + mine.begin, mine.end - mine.begin);
+            for (int64_t begin, end; shares[i].take(thread, begin, end);) {
+                sct_rows(product.weight, input.data(), n, product.out, rows, begin, end);
+                for (int64_t t = 0; product.bias && t < n; t++)
+                    sct::layers().add(product.out + t * rows + begin, product.bias + begin, end - begin);
+            }
         }
     });
 }
@@ -167,16 +168,18 @@ void sct_model::attention(int64_t index, sct_sequence *const *sequences) {
 void sct_model::mlp(const sct_block &block, int64_t n) {
     const int64_t middle = shape.intermediate;
     prepare(normed.data(), n, shape.hidden, form_of(block.gate) | form_of(block.up));
-    parallel(pool, [&](int thread, int threads) {
-        const Range mine = share(middle, thread, threads, row_unit(n));
-        sct_rows(&block.gate, input.data(), n, gate.data(), middle, mine.begin, mine.end);
-        sct_rows(&block.up, input.data(), n, up.data(), middle, mine.begin, mine.end);
-        for (int64_t t = 0; t < n; t++) {
-            float *g = gate.data() + t * middle + mine.begin, *u = up.data() + t * middle + mine.begin;
-            const int64_t size = mine.end - mine.begin;
-            if (block.gate_bias) sct::layers().add(g, block.gate_bias + mine.begin, size);
-            if (block.up_bias) sct::layers().add(u, block.up_bias + mine.begin, size);
-            sct::layers().silu_multiply(g, u, size);
+    shares[0].reset(sct_pool_threads(pool), middle, row_unit(n));
+    parallel(pool, [&](int thread, int) {
+        for (int64_t begin, end; shares[0].take(thread, begin, end);) {
+            sct_rows(&block.gate, input.data(), n, gate.data(), middle, begin, end);
+            sct_rows(&block.up, input.data(), n, up.data(), middle, begin, end);
+            for (int64_t t = 0; t < n; t++) {
+                float *g = gate.data() + t * middle + begin, *u = up.data() + t * middle + begin;
+                const int64_t size = end - begin;
+                if (block.gate_bias) sct::layers().add(g, block.gate_bias + begin, size);
+                if (block.up_bias) sct::layers().add(u, block.up_bias + begin, size);
+                sct::layers().silu_multiply(g, u, size);
+            }
         }
     });
     const Product down = {&block.down, block.down_bias, added.data()};

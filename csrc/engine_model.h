@@ -10,6 +10,7 @@
 
 #include "engine.h"
 #include "layers.h"
+#include "shares.h"
 
 namespace sct {
 
@@ -80,6 +81,7 @@ struct sct_model {
     sct::Buffer<char> input;
     std::vector<int64_t> positions;
     std::vector<sct::AttentionTask> tasks;
+    sct::Shares shares[3];   // of products that go together
     int64_t next_block = 0;  // where the step in `hidden` goes on
 
     ~sct_model() {
