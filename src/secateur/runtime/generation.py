@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.checkpoint.shortlist import Shortlist
 from secateur.errors import ModelError
 from secateur.runtime.options import GenerationOptions
 
@@ -41,18 +42,23 @@ class TransformersBackend:
     ----------
     model, tokenizer
         The transformers objects; the model is in evaluation mode.
+    shortlist
+        The tokens that a trimmed head computes, and no others are generated; None when there is no such head.
     """
 
     name = "torch"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shortlist: Shortlist | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.shortlist = model, tokenizer, shortlist
         self.codec = TransformersCodec(tokenizer)
         self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def generate(self, prompt_ids: Sequence[int], options: GenerationOptions) -> Iterator[int]:
         """Yield new token ids; see `generate_token_ids`."""
-        return generate_token_ids(self.model, prompt_ids, options, end_of_sequence_ids(self.model, self.tokenizer))
+        end_ids = end_of_sequence_ids(self.model, self.tokenizer)
+        return generate_token_ids(self.model, prompt_ids, options, end_ids, self.shortlist)
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -66,9 +72,17 @@ def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def generate_token_ids(
-    model: PreTrainedModel, prompt_ids: Sequence[int], options: GenerationOptions, end_ids: frozenset[int]
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    options: GenerationOptions,
+    end_ids: frozenset[int],
+    shortlist: Shortlist | None = None,
 ) -> Iterator[int]:
-    """Yield new token ids until `max_new_tokens`, or before the first of `end_ids` unless they are ignored."""
+    """Yield new token ids until `max_new_tokens`, or before the first of `end_ids` unless they are ignored.
+
+    With a shortlist no other tokens are chosen.
+    """
+    allowed = None if shortlist is None else torch.from_numpy(shortlist.tokens).long()
     generator = torch.Generator()
     if options.seed is None:
         generator.seed()
@@ -77,6 +91,8 @@ def generate_token_ids(
     known = list(prompt_ids)
     logits, cache = _forward(model, known, None)
     for remaining in range(options.max_new_tokens, 0, -1):
+        if allowed is not None:
+            logits = torch.full_like(logits, -torch.inf).index_copy(0, allowed, logits[allowed])
         token_id = choose_token(logits, options, generator, known)
         if token_id in end_ids and not options.ignore_eos:
             return
