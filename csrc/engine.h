@@ -34,7 +34,8 @@ typedef struct {
 typedef struct sct_model sct_model;
 typedef struct sct_sequence sct_sequence;
 
-// NULL when a shape does not fit the weights (then *problem, a static sentence, says what) or without memory.
+// NULL when a shape does not fit the weights (then *problem, a static sentence, says what) or without memory. The head
+// may have fewer rows than the vocabulary: then there are so many logits, and the caller knows which tokens they are of.
 sct_model *sct_model_create(const sct_model_shape *shape, const sct_block *blocks, const sct_weight *embedding,
                             const sct_weight *head, const float *final_norm, int threads, const char **problem);
 void sct_model_destroy(sct_model *model);
@@ -51,8 +52,8 @@ int sct_sequence_truncate(sct_sequence *sequence, int64_t length);
 int sct_sequence_copy(sct_sequence *target, const sct_sequence *source, int64_t length);
 
 // Appends token i to sequences[i], for i in [0, n), in this order: a prompt is n times the same sequence, a batch n
-// different ones. Writes the logits [wanted, vocabulary] of those i with wants[i] != 0, one row after the other.
-// Returns 0; -1 without memory; -2 for a token out of range; -3 for a full sequence. Then no sequence has changed.
+// different ones. A token is a row of the embedding. Writes the logits [wanted, rows of the head] of those i with
+// wants[i] != 0, one row after the other. Returns 0; -1 without memory; -2 for a token out of range; -3 for a full sequence. Then no sequence has changed.
 int sct_forward(sct_model *model, int64_t n, const int32_t *tokens, sct_sequence *const *sequences,
                 const uint8_t *wants, float *logits);
 

@@ -31,7 +31,8 @@ const char *problem_of(const sct_model_shape &shape, const sct_block *blocks, co
         if (!block.attention_norm || !block.mlp_norm) return "a block has no norm";
     }
     if (!fits(embedding, shape.vocabulary, shape.hidden)) return "the embedding has not the shape of the vocabulary";
-    if (head.cols != shape.hidden || head.rows != shape.vocabulary) return "the head has not the shape of the vocabulary";
+    if (head.cols != shape.hidden || head.rows < 1 || head.rows > shape.vocabulary)
+        return "the head has not the shape of the vocabulary";
     return nullptr;
 }
 
@@ -49,7 +50,7 @@ int forward(sct_model *model, int64_t n, const int32_t *tokens, sct_sequence *co
             const int64_t count = std::min(sct::CHUNK, n - start);
             model->positions.assign(positions.begin() + start, positions.begin() + start + count);
             model->chunk(count, tokens + start, sequences + start, wants + start, logits, begin, end);
-            for (int64_t i = start; i < start + count; i++) logits += wants[i] ? model->shape.vocabulary : 0;
+            for (int64_t i = start; i < start + count; i++) logits += wants[i] ? model->head.rows : 0;
         }
         if (end < model->shape.blocks) return 0;
         for (const auto &[sequence, length] : lengths) sequence->length = length;

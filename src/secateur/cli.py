@@ -69,6 +69,14 @@ def derive(
         int | None,
         typer.Option(help="Input positions that share a scale: 32, 64 or 128.", show_default="int8: 128, int4: 64"),
     ] = None,
+    trim_vocabulary: Annotated[
+        bool | None,
+        typer.Option(
+            "--trim-vocabulary/--no-trim-vocabulary",
+            help="Let the head compute only tokens of the domain.",
+            show_default="no-trim-vocabulary",
+        ),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with these options; flags win over it.")] = None,
     data: Data = None,
     device: Device = "cpu",
@@ -92,6 +100,7 @@ def derive(
         "propagate": propagate,
         "values": values,
         "group_size": group_size,
+        "trim_vocabulary": trim_vocabulary,
     }
     settings = make_recipe(options, recipe)
     console.quiet_libraries()

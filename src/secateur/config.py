@@ -44,6 +44,8 @@ class Recipe(BaseModel):
         Precision of the weights that are kept: `base` (the base model's own, exact), `int8` or `int4`.
     group_size
         Input positions that share a scale, for `int8` (128 when None) and `int4` (64); None with `base`.
+    trim_vocabulary
+        Whether the head computes only the tokens that the domains' text is made of.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, strict=True)
@@ -60,6 +62,7 @@ class Recipe(BaseModel):
     propagate: bool = True
     values: Values = "base"
     group_size: Annotated[GroupSize | None, Field(validate_default=True)] = None
+    trim_vocabulary: bool = False
 
     @field_validator("group_size", mode="after")
     @classmethod

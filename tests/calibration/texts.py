@@ -77,3 +77,23 @@ def tarred(members: dict[str, bytes], link: str = "") -> bytes:
             entry.linkname = "/etc/passwd"
             archive.addfile(entry)
     return stream.getvalue()
+
+
+_LETTERS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def word_tokenizer(words: list[str]) -> Any:
+    """A byte-level tokenizer that has each of `words` as a token, after the bytes and in this order; then <s>, </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    merges = []
+    for word in ("".join(letter for letter, _ in _LETTERS.pre_tokenize_str(word)) for word in words):
+        for length in range(2, len(word) + 1):
+            if word[:length] not in vocabulary:
+                vocabulary[word[:length]] = len(vocabulary)
+                merges.append((word[: length - 1], word[length - 1]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"bos_token": "<s>", "eos_token": "</s>"})

@@ -266,7 +266,15 @@ def test_a_damaged_packed_weight(copy, use):
 
 @pytest.mark.parametrize("use", [opens, exports, inspect])
 @pytest.mark.parametrize(
-    ("key", "value"), [("version", 2), ("layout", "tiles"), ("format", "csr"), ("version", None), ("shapes", {"a": 1})]
+    ("key", "value"),
+    [
+        ("version", 3),
+        ("version", True),
+        ("layout", "tiles"),
+        ("format", "csr"),
+        ("version", None),
+        ("shapes", {"a": 1}),
+    ],
 )
 def test_a_foreign_version_is_refused_by_name(copy, key, value, use):
     edit(copy / "config.json", lambda content: content["quantization_config"].update({key: value}))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from secateur.checkpoint.bitmask import check, pack_integers, unpack
+from secateur.checkpoint.dense import DenseWeight, unpack_dense
 from secateur.checkpoint.format import DENSE_ENCODING, FLOATS, Encoding, Stored, StoredWeights
-from secateur.checkpoint.integers import unpack_dense
 from secateur.checkpoint.quantise import Quantised, dequantise, n_groups, quantise
 from secateur.checkpoint.shards import read_shard, write_block_shard, write_outer_shard
 from secateur.errors import CheckpointError
@@ -210,10 +210,11 @@ def test_an_encoding_and_its_tensors_must_agree():
 
 
 DENSE_CORRUPTIONS = {
-    "values of another type": lambda q: changed(q, codes=q.codes.view(torch.int8)),
-    "values of another shape": lambda q: changed(q, codes=q.codes.T.contiguous()),
-    "values flat": lambda q: changed(q, codes=q.codes.reshape(-1)),
-    "the code -128": lambda q: changed(q, codes=poked(q.codes, (4, 4), 0)),
+    "values of another type": lambda q: changed(q, values=q.values.view(torch.int8)),
+    "values of another shape": lambda q: changed(q, values=q.values.T.contiguous()),
+    "values flat": lambda q: changed(q, values=q.values.reshape(-1)),
+    "the code -128": lambda q: changed(q, values=poked(q.values, (4, 4), 0)),
+    "no scales": lambda q: changed(q, scales=None),
     "scales of another shape": lambda q: changed(q, scales=q.scales[:, :1]),
     "scales of another type": lambda q: changed(q, scales=q.scales.float()),
     "a scale that is NaN": lambda q: changed(q, scales=poked(q.scales, (0, 1), float("nan"))),
@@ -223,9 +224,10 @@ DENSE_CORRUPTIONS = {
 @pytest.mark.parametrize("corruption", DENSE_CORRUPTIONS)
 def test_every_corruption_of_a_dense_matrix_is_found(corruption):
     quantised, _ = random_codes((6, 130), DENSE_ENCODING)
-    unpack_dense(quantised, (6, 130), EMBEDDING, DENSE_ENCODING)
+    stored = DenseWeight(quantised.codes, quantised.scales)
+    unpack_dense(stored, (6, 130), EMBEDDING, DENSE_ENCODING)
     with pytest.raises(CheckpointError, match=f"'{EMBEDDING}' is damaged"):
-        unpack_dense(DENSE_CORRUPTIONS[corruption](quantised), (6, 130), EMBEDDING, DENSE_ENCODING)
+        unpack_dense(DENSE_CORRUPTIONS[corruption](stored), (6, 130), EMBEDDING, DENSE_ENCODING)
 
 
 def test_a_shard_that_lacks_a_part_or_has_one_too_many(tmp_path):
@@ -261,9 +263,10 @@ def test_what_is_mapped_is_aligned_and_the_outer_shard_is_made_in_turn(tmp_path)
 
     dense = StoredWeights(DENSE_ENCODING, dict.fromkeys((EMBEDDING, "lm_head.weight"), (130, 96)))
     path = tmp_path / "outer.safetensors"
-    write_outer_shard(path, {name: (tuple(one.shape), one.dtype) for name, one in weights.items()}, load, dense)
+    stored = Stored(StoredWeights(INT4), dense)
+    write_outer_shard(path, {name: (tuple(one.shape), one.dtype) for name, one in weights.items()}, load, stored)
     assert sorted(loaded) == sorted(weights), "each is read once, though it makes two tensors"
-    found = read_shard(path, Stored(StoredWeights(INT4), dense))
+    found = read_shard(path, stored)
     assert found.keys() == weights.keys()
     for name in dense.shapes:
         quantised = quantise(weights[name], None, None, bits=8, group_size=128)

@@ -23,7 +23,7 @@ from secateur.checkpoint.format import (
 from secateur.checkpoint.inspect import inspect
 from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.errors import CheckpointError
-from tests.pruning.tiny_derivation import contents, derive_tiny, masks_and_weights
+from tests.pruning.tiny_derivation import contents, derive_tiny, interrupt, masks_and_weights
 from tests.tiny import FAMILIES, save_tiny
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -156,12 +156,44 @@ def test_a_head_that_differs_from_the_embedding_it_is_said_to_be_tied_to(tmp_pat
     assert torch.equal(found[HEAD], 2 * found[EMBEDDING])
 
 
-def test_a_dense_parent_in_integers(base, tmp_path):
-    done = derive_tiny(base, tmp_path / "out", values="int8", sparsity=0.0)
+@pytest.mark.parametrize(("values", "error"), [("int8", 0.012), ("int4", 0.12)])
+def test_a_dense_parent_in_integers_has_no_bitmask(base, tmp_path, values, error):
+    done = derive_tiny(base, tmp_path / "out", values=values, sparsity=0.0)
     assert done.manifest["sparsity"] == 0
+    assert done.manifest["kept_weights"] == done.manifest["prunable_weights"]
     parent, child = state(base, torch.float32), state(tmp_path / "out", torch.float32)
-    for name in masks_and_weights(tmp_path / "out"):
-        assert (child[name] - parent[name]).norm() / parent[name].norm() < 0.012
+    weights = masks_and_weights(tmp_path / "out")
+    for name, (_, weight) in weights.items():
+        assert (child[name] - parent[name]).norm() / parent[name].norm() < error
+        assert torch.equal(child[name], weight)
+    assert not [name for name in tensors_of(tmp_path / "out") if name.endswith((".bitmask", ".row_offsets"))]
+    config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert (config["version"], config["unmasked"]) == (2, list(config["shapes"]))
+    found = inspect(tmp_path / "out", verify=True)
+    assert found.bytes_by_part["bitmask"] == found.bytes_by_part["row_offsets"] == 0
+    assert found.bytes_by_part["values"] == found.manifest["prunable_weights"] * (8 if values == "int8" else 4) // 8
+    assert "without a bitmask" in found.describe()
+    export(tmp_path / "out", output=tmp_path / "dense")
+    assert all(torch.equal(child[name].bfloat16(), one) for name, one in state(tmp_path / "dense").items())
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_a_mask_that_keeps_all_gives_the_weights_of_none(base, tmp_path, values):
+    """A sparsity that rounds to no entry at all is stored with a bitmask; codes and scales are the same."""
+    derive_tiny(base, tmp_path / "with", values=values, sparsity=1e-6)
+    derive_tiny(base, tmp_path / "without", values=values, sparsity=0.0)
+    masked, unmasked = tensors_of(tmp_path / "with"), tensors_of(tmp_path / "without")
+    assert masked.keys() > unmasked.keys()
+    first, second = state(tmp_path / "with", torch.float32), state(tmp_path / "without", torch.float32)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_a_dense_parent_goes_on_to_the_same_bytes(base, tmp_path, values):
+    derive_tiny(base, tmp_path / "whole", values=values, sparsity=0.0)
+    interrupt(base, tmp_path / "cut", values=values, sparsity=0.0)
+    derive_tiny(base, tmp_path / "cut", values=values, sparsity=0.0, resume=True)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("values", VALUES)

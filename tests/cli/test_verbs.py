@@ -62,9 +62,22 @@ def test_derive_as_json_with_a_recipe_and_a_flag_that_wins(inputs, work, capsys)
         "propagate": False,
         "values": "base",
         "group_size": None,
+        "trim_vocabulary": False,
     }
     assert result["log"]["seconds"] > 0
     assert json.loads((work / "deep/out/secateur.json").read_text())["recipe"] == result["recipe"]
+
+
+def test_a_trimmed_vocabulary(inputs, work, capsys):
+    arguments = ["derive", str(inputs / "base"), "--for", str(inputs / "text"), "--samples", "2"]
+    outcome = run([*arguments, "--sequence-length", "32", "--trim-vocabulary", "-o", "out", "--json"], capsys)
+    assert outcome.code == 0
+    result = json.loads(outcome.out)
+    assert result["recipe"]["trim_vocabulary"] is True
+    assert 0 < result["shortlist"]["tokens"] < result["shortlist"]["vocabulary"]
+    outcome = run(["inspect", "out"], capsys)
+    assert f"computes {result['shortlist']['tokens']} of {result['shortlist']['vocabulary']} tokens" in outcome.out
+    assert run(["generate", "out", "-p", "a", "--max-new-tokens", "3"], capsys).code == 0
 
 
 def test_options_change_the_masks(inputs, work, capsys):

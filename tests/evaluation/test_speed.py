@@ -1,5 +1,6 @@
 """Timing on tiny models: that the questions are put and the answers add up, not how fast anything is."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -50,6 +51,11 @@ def test_every_question_is_put_to_every_model_in_every_round(submodel):
         assert speed.resident_mb > speed.private_mb > 1
         assert speed.load_seconds > 0.01
         assert speed.disk_mb == pytest.approx(sum(f.stat().st_size for f in submodel.iterdir()) / 1e6, rel=0.05)
+    native, torch_peer = report.models
+    assert 0 < native.read_mb < native.disk_mb
+    assert len(native.unpacking_ms) == 2
+    assert min(native.unpacking_ms) > 0
+    assert (torch_peer.read_mb, torch_peer.unpacking_ms) == (None, ())
     assert len(report.bandwidth_gb_per_second) == 2
     assert steps[-1] == (7, 8)
     assert json.loads(json.dumps(report.to_dict()))["threads"] == 1
@@ -69,6 +75,15 @@ def test_table_shows_medians_and_how_many_times_as_fast():
     assert lines[2].split() == ["decode,", "tokens/s", "20.0", "10.0", "(x2.00)"]
     assert lines[3].split() == ["decode", "x8,", "tokens/s", "90.0", "-"]
     assert "memory bandwidth, read: 11.0 GB/s" in lines[-1]
+
+
+def test_limits_are_shown_as_fractions():
+    limited = dataclasses.replace(OURS, read_mb=275.0, unpacking_ms=(30.0, 35.0, 36.0))
+    line = render(report_of(limited, PEER)).splitlines()[-1]
+    assert line == (
+        "sub: decode reads 275 MB a token, 5.5 GB/s, 50% of the bandwidth; "
+        "unpacking alone takes 35.0 ms, 70% of the time of a token"
+    )
 
 
 def test_busy_machine_is_called_busy():

@@ -11,6 +11,7 @@ from secateur.calibration.documents import Provenance
 from secateur.calibration.packing import CalibrationSet, token_ids_hash
 from secateur.checkpoint.bitmask import PackedWeight, stored_suffixes, unpack
 from secateur.checkpoint.format import LOG, check_quantization_config, read_json
+from secateur.checkpoint.shards import read_shard
 from secateur.models.source import ModelFolder
 from secateur.pruning.derive import SubModel, derive
 
@@ -30,8 +31,8 @@ def derive_tiny(base: Path, output: Path, **options: object) -> SubModel:
 
 def masks_and_weights(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return (mask, weight) [out_features, in_features] of every pruned weight, from the shards."""
-    stored = check_quantization_config(read_json(folder / "config.json")["quantization_config"]).pruned
-    suffixes = stored_suffixes(stored.encoding)
+    config = check_quantization_config(read_json(folder / "config.json")["quantization_config"])
+    stored, suffixes = config.pruned, stored_suffixes(config.pruned.encoding)
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -40,6 +41,8 @@ def masks_and_weights(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tenso
                 packed = PackedWeight(*(file.get_tensor(f"{name}.{suffix}") for suffix in suffixes))
                 weight, mask = unpack(packed, stored.shapes[name], name, stored.encoding)
                 found[name] = (mask, weight)
+        tensors = read_shard(path, config)
+        found |= {name: (torch.ones_like(w).bool(), w) for name, w in tensors.items() if name in config.unmasked}
     assert found.keys() == stored.shapes.keys()
     return found
 

@@ -53,14 +53,21 @@ def outcomes(folder: Path, work: Path, seed: int) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("values", ["base", "int8", "int4"])
-def test_corrupted_files_are_refused_or_harmless(tmp_path, values):
+RECIPES = {
+    **{values: {"values": values} for values in ("base", "int8", "int4")},
+    "without a bitmask": {"values": "int4", "sparsity": 0.0},
+    "trimmed": {"values": "int8", "trim_vocabulary": True},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_corrupted_files_are_refused_or_harmless(tmp_path, recipe):
     text = tmp_path / "text"
     text.mkdir()
     for number in range(12):
         (text / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 12)
     base = save_tiny(tmp_path / "base", "qwen2")
-    folder = sub_model(base, text, tmp_path / "sub", values=values, sparsity=0.4)
+    folder = sub_model(base, text, tmp_path / "sub", **{"sparsity": 0.4, **RECIPES[recipe]})
     shutil.copytree(folder, tmp_path / "work")
     # In a process of its own: a crash would otherwise take the test with it.
     code = (

@@ -76,7 +76,7 @@ def encode_start(tokenizer: Tokenizer, text: str, limit: int) -> tuple[str, list
     """Return as much of a text's start as fits into `limit` tokens (nearly), and its tokens, without special ones."""
     piece = _cut(text, CHARACTERS_PER_TOKEN * limit)
     while True:
-        with _no_length_warning():
+        with no_length_warning():
             token_ids = [int(token) for token in tokenizer(piece, add_special_tokens=False).input_ids]
         if len(token_ids) <= limit or len(piece) == 1:
             return piece, token_ids[:limit]
@@ -104,7 +104,7 @@ def _cut(text: str, characters: int) -> str:
 
 
 @contextmanager
-def _no_length_warning() -> Iterator[None]:
+def no_length_warning() -> Iterator[None]:
     """Silence transformers' warning that a text is longer than the model's context: it is cut afterwards."""
     logger = logging.getLogger("transformers.tokenization_utils_base")
 

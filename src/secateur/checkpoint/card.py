@@ -32,7 +32,7 @@ decoder's linear layers {kept:,} are kept ({sparsity:.2%} sparsity); {outside}.
 | base model | {base} |
 | method | {method}, {granularity}, budget {budget} |
 | sparsity | {sparsity:.4f} |
-| values | {values} |
+| values | {values} |{head}
 | calibration | {samples} x {sequence_length} tokens, seed {seed}, SHA-256 `{calibration_hash}` |
 | sources | {sources} |
 
@@ -40,6 +40,9 @@ What pruning cost is not known from this card: measure it with
 `secateur evaluate path/to/this/folder --against BASE --task perplexity:python -o results`. A sub-model is worse than
 its parent, most of all outside the domain it was derived for.
 """
+_TRIMMED = (
+    "\n| head | computes {tokens:,} of {vocabulary:,} tokens{coverage}: an answer holds no others, a prompt may |"
+)
 _UNTOUCHED = "embeddings, head and norms are those of the parent"
 _ROUNDED = "embedding and head are the parent's in int8, norms are those of the parent"
 
@@ -59,6 +62,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         method=recipe["method"],
         granularity=recipe["granularity"],
         budget=recipe["budget"],
+        head=_describe_head(manifest.get("shortlist")),
         values=manifest["values"] + (f", groups of {groups}" if groups else ""),
         outside=_ROUNDED if groups else _UNTOUCHED,
         samples=recipe["samples"],
@@ -67,3 +71,18 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         calibration_hash=calibration["sha256"],
         sources=sources,
     )
+
+
+def _describe_head(shortlist: Mapping[str, Any] | None) -> str:
+    return "" if shortlist is None else _TRIMMED.format(**{**shortlist, "coverage": describe_coverage(shortlist)})
+
+
+def describe_coverage(shortlist: object) -> str:
+    """Return what a manifest says of the share of held-out text that a shortlist covers, in brackets; or nothing."""
+    coverage = shortlist.get("coverage") if isinstance(shortlist, Mapping) else None
+    parts = [
+        f"{covered:.2%} of held-out {domain}"
+        for domain, covered in (coverage.items() if isinstance(coverage, Mapping) else ())
+        if isinstance(covered, float)
+    ]
+    return f" ({', '.join(parts)})" if parts else ""

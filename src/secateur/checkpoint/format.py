@@ -13,7 +13,9 @@ from secateur.config import GroupSize
 from secateur.errors import CheckpointError
 
 QUANT_METHOD = "secateur"
-FORMAT, VERSION, LAYOUT = "bitmask", 1, "rows"
+FORMAT, LAYOUT = "bitmask", "rows"
+# A file says the lowest version that describes it: only what has unmasked weights or a shortlist needs the second.
+VERSIONS = (1, 2)
 MANIFEST = "secateur.json"
 LOG = "derivation.log.json"
 INDEX = "model.safetensors.index.json"
@@ -63,19 +65,42 @@ class StoredWeights:
 
 
 @dataclass(frozen=True)
+class TrimmedHead:
+    """The matrix of `dense` whose rows are reordered, and of how many tokens the logits are computed.
+
+    Its first `tokens` rows are those of the shortlist, in the order of their ids; all others follow, in theirs.
+    """
+
+    weight: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Stored:
     """What `quantization_config` says of the tensors in the shards; those not named are stored as they are.
 
     Attributes
     ----------
     pruned
-        Weights with a bitmask.
+        The prunable weights.
     dense
-        Weights without one, as integers: embedding and head.
+        Matrices outside the blocks that are not stored as they are: embedding and head, as integers or reordered.
+    unmasked
+        Those of `pruned` that lose no entry, and have no bitmask.
+    shortlist
+        None when the head computes the logits of all tokens.
     """
 
     pruned: StoredWeights
     dense: StoredWeights = field(default_factory=lambda: StoredWeights(DENSE_ENCODING))
+    unmasked: frozenset[str] = frozenset()
+    shortlist: TrimmedHead | None = None
+
+    def whole(self, name: str) -> StoredWeights | None:
+        """Return what a weight without a bitmask belongs to, `dense` or `pruned`; None for any other."""
+        if name in self.dense.shapes:
+            return self.dense
+        return self.pruned if name in self.unmasked else None
 
 
 @dataclass(frozen=True)
@@ -108,14 +133,20 @@ def shard_name(number: int, total: int) -> str:
 
 def quantization_config(stored: Stored) -> dict[str, Any]:
     """Return what transformers reads from config.json: the format, and the shape of each packed weight."""
+    extensions: dict[str, Any] = {}
+    if stored.unmasked:
+        extensions["unmasked"] = [name for name in stored.pruned.shapes if name in stored.unmasked]
+    if stored.shortlist is not None:
+        extensions["shortlist"] = asdict(stored.shortlist)
     dense = {"dense": _describe(stored.dense)} if stored.dense.shapes else {}
     return {
         "quant_method": QUANT_METHOD,
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[1] if extensions else VERSIONS[0],
         "layout": LAYOUT,
         **_describe(stored.pruned),
         **dense,
+        **extensions,
     }
 
 
@@ -130,19 +161,43 @@ def check_quantization_config(raw: object) -> Stored:
     """Return how weights are stored; raises `CheckpointError` when this version cannot read the format."""
     if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
         raise CheckpointError("config.json has no quantization_config of secateur; this is no sub-model")
-    for key, known in (("format", FORMAT), ("version", VERSION), ("layout", LAYOUT)):
-        if raw.get(key) != known:
-            raise _foreign(key, raw.get(key), repr(known))
-    stored = Stored(_stored_weights(raw))
-    if "dense" not in raw:
-        return stored
-    dense = raw["dense"]
-    if not isinstance(dense, dict) or dense.get("values") != DENSE_ENCODING.values:
-        raise _foreign("dense", dense, "matrices whose values are int8")
-    weights = _stored_weights(dense)
-    if both := sorted(weights.shapes.keys() & stored.pruned.shapes.keys()):
+    for key, known in (("format", (FORMAT,)), ("version", VERSIONS), ("layout", (LAYOUT,))):
+        if raw.get(key) not in known or isinstance(raw[key], bool | float):
+            raise _foreign(key, raw.get(key), " or ".join(map(repr, known)))
+    pruned, dense = _stored_weights(raw), StoredWeights(DENSE_ENCODING)
+    if "dense" in raw:
+        dense = _dense_weights(raw["dense"], raw["version"])
+    if both := sorted(dense.shapes.keys() & pruned.shapes.keys()):
         raise CheckpointError(f"config.json names {both[0]!r} twice, pruned and dense; fetch the sub-model again")
-    return Stored(stored.pruned, weights)
+    if raw["version"] == VERSIONS[0]:
+        if wrong := sorted({"unmasked", "shortlist"} & raw.keys()):
+            raise _foreign(f"{wrong[0]} in version 1", raw[wrong[0]], "it in version 2")
+        return Stored(pruned, dense)
+    return Stored(pruned, dense, _unmasked(raw.get("unmasked", []), pruned), _trimmed(raw.get("shortlist"), dense))
+
+
+def _dense_weights(dense: object, version: int) -> StoredWeights:
+    known = (DENSE_ENCODING.values,) if version == VERSIONS[0] else (DENSE_ENCODING.values, *FLOAT_VALUES)
+    if not isinstance(dense, dict) or dense.get("values") not in known:
+        raise _foreign("dense", dense, f"matrices whose values are {' or '.join(known)}")
+    return _stored_weights(dense)
+
+
+def _unmasked(names: object, pruned: StoredWeights) -> frozenset[str]:
+    known = isinstance(names, list) and all(isinstance(name, str) and name in pruned.shapes for name in names)
+    if not isinstance(names, list) or not known or (names and not pruned.encoding.bits):
+        raise _foreign("unmasked", names, "names of its weights, where these are integers")
+    return frozenset(names)
+
+
+def _trimmed(shortlist: object, dense: StoredWeights) -> TrimmedHead | None:
+    if shortlist is None:
+        return None
+    weight, tokens = (shortlist.get(key) for key in ("weight", "tokens")) if isinstance(shortlist, dict) else (None, 0)
+    shape = dense.shapes.get(weight) if isinstance(weight, str) else None
+    if not isinstance(weight, str) or shape is None or type(tokens) is not int or not 0 < tokens <= shape[0]:
+        raise _foreign("shortlist", shortlist, "the name of a dense matrix and a number of its rows")
+    return TrimmedHead(weight, tokens)
 
 
 def _stored_weights(raw: Mapping[str, Any]) -> StoredWeights:

@@ -12,9 +12,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from secateur.checkpoint.bitmask import SUFFIXES
 from secateur.checkpoint.format import QUANT_METHOD, check_quantization_config
-from secateur.checkpoint.shards import unpack_parts
+from secateur.checkpoint.shards import PART_SUFFIXES, unpack_parts
 from secateur.errors import CheckpointError
 
 
@@ -40,7 +39,7 @@ class SecateurConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class UnpackBitmask(ConversionOps):  # type: ignore[misc]
-    """Turn `weight.bitmask`, `.values`, `.row_offsets` and `.scales`, as far as they are stored, into `weight`."""
+    """Turn `weight.values` and the other parts of `weight`, as far as they are stored, into it."""
 
     def __init__(self, quantizer: "SecateurQuantizer") -> None:
         self.hf_quantizer = quantizer
@@ -68,7 +67,7 @@ class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
     """Unpacks the weights of a sub-model while transformers loads it."""
 
     requires_calibration = True
-    serialized_names = {"weight": [f"weight.{suffix}" for suffix in SUFFIXES]}  # noqa: RUF012 - read by the base class
+    serialized_names = {"weight": [f"weight.{suffix}" for suffix in PART_SUFFIXES]}  # noqa: RUF012 - read by the base class
 
     def get_load_operations(self) -> dict[str, Any]:
         """Name the operation that turns stored tensors into parameters."""

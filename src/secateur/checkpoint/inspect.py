@@ -8,11 +8,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from secateur.checkpoint.bitmask import SUFFIXES
+from secateur.checkpoint.card import describe_coverage
 from secateur.checkpoint.format import CARD, MANIFEST, Stored, check_quantization_config, read_json
 from secateur.errors import CheckpointError
 from secateur.files import sha256_file
 
-_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "I64": 8}
+_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Inspection:
             f"seed {recipe.get('seed')}, SHA-256 {str(calibration.get('sha256'))[:16]}...",
             f"kept           {kept:,} of {size:,} prunable weights (sparsity {manifest['sparsity']:.4f})",
             f"values         {self._describe_values()}, {self.bits_per_weight:.2f} bits for each prunable weight",
+            *self._describe_shortlist(),
             f"files          {'all match their SHA-256' if self.verified else 'hashes not compared (--verify does)'}",
             "",
             f"{'part':<16}{'MB':>10}{'bits/weight':>14}",
@@ -90,8 +92,18 @@ class Inspection:
         texts = []
         for weights, where in ((self.stored.pruned, ""), (self.stored.dense, ", embedding and head ")):
             groups = f" in groups of {weights.encoding.group_size}" if weights.encoding.bits else ""
-            texts += [f"{where}{weights.encoding.values}{groups}"] if weights.shapes else []
-        return "".join(texts)
+            # Floats are dense only in another order of rows.
+            known = weights.shapes and (groups or not where)
+            texts += [f"{where}{weights.encoding.values}{groups}"] if known else []
+        return "".join(texts) + (", without a bitmask" if self.stored.unmasked else "")
+
+    def _describe_shortlist(self) -> list[str]:
+        if self.stored.shortlist is None:
+            return []
+        trimmed = self.stored.shortlist
+        vocabulary = self.stored.dense.shapes[trimmed.weight][0]
+        coverage = describe_coverage(self.manifest.get("shortlist"))
+        return [f"head           computes {trimmed.tokens:,} of {vocabulary:,} tokens{coverage}"]
 
     def _describe_part(self, part: str) -> str:
         bits = 8 * self.bytes_by_part[part] / max(self.manifest["prunable_weights"], 1)

@@ -1,4 +1,4 @@
-"""Integer codes as they are stored, checked before use: two int4 in a byte, scales, and dense matrices of int8.
+"""Integer codes as they are stored, checked before use: two int4 in a byte, scales, and codes under a mask.
 
 Slow and obvious, like the codec of bitmasks that uses it. How codes are found is `quantise`'s business.
 """
@@ -69,24 +69,6 @@ def check_scales(scales: Tensor | None, shape: tuple[int, int], encoding: Encodi
         raise damaged(name, f"scales are {received}, expected {torch.bfloat16} {wanted}")
     if not all_finite(scales):
         raise damaged(name, "scales hold NaN or infinity")
-
-
-def unpack_dense(
-    stored: Quantised, shape: tuple[int, int], name: str, encoding: Encoding, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Return a dense matrix [out_features, in_features] that is stored as integers.
-
-    Raises
-    ------
-    CheckpointError
-        When the parts contradict each other or the shape.
-    """
-    codes = stored.codes
-    if codes.dtype != torch.uint8 or tuple(codes.shape) != shape:
-        raise damaged(name, f"values are {codes.dtype} {list(codes.shape)}, expected {torch.uint8} {list(shape)}")
-    check_scales(stored.scales, shape, encoding, name)
-    from_bytes(codes.numpy(), np.empty(0), encoding.bits, name)
-    return dequantise(stored, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
 
 
 def unpack_codes(

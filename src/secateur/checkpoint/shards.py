@@ -1,25 +1,33 @@
 """The safetensors shards of a sub-model: one for each block, and a last one for everything outside the blocks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from secateur.checkpoint.bitmask import SUFFIXES, PackedWeight, stored_suffixes, unpack
-from secateur.checkpoint.format import Stored, StoredWeights
-from secateur.checkpoint.integers import damaged, unpack_dense
-from secateur.checkpoint.quantise import Quantised, n_groups, quantise
+from secateur.checkpoint import bitmask, dense, shortlist
+from secateur.checkpoint.bitmask import PackedWeight, unpack
+from secateur.checkpoint.dense import DenseWeight, pack_dense, stored_width, unpack_dense
+from secateur.checkpoint.format import Encoding, Stored, check_quantization_config, read_json
+from secateur.checkpoint.integers import damaged
+from secateur.checkpoint.quantise import n_groups, quantise
+from secateur.checkpoint.shortlist import Shortlist, checked_shortlist
 from secateur.errors import CheckpointError
 from secateur.models.safetensors_writer import Lazy, write_safetensors
 
 METADATA = {"format": "pt"}
-DENSE_SUFFIXES = ("values", "scales")
+# What the parts of a weight end in that is not stored as it is.
+PART_SUFFIXES = (*bitmask.SUFFIXES, shortlist.SUFFIX)
 
 
-def write_block_shard(path: Path, packed: Mapping[str, PackedWeight], others: Mapping[str, Tensor]) -> None:
+def write_block_shard(
+    path: Path, packed: Mapping[str, PackedWeight | DenseWeight], others: Mapping[str, Tensor]
+) -> None:
     """Write the packed weights and the untouched tensors of one block; the file appears whole or not at all."""
     tensors: dict[str, Tensor] = {}
     for name, one in packed.items():
@@ -31,34 +39,53 @@ def write_outer_shard(
     path: Path,
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     load: Callable[[str], Tensor],
-    dense: StoredWeights,
+    stored: Stored,
+    tokens: Shortlist | None = None,
 ) -> None:
-    """Write the tensors outside the blocks, read one at a time when their turn comes; those of `dense` as integers."""
+    """Write the tensors outside the blocks, read one at a time when their turn comes.
+
+    Those of `stored.dense` are written as it says, the one that `stored.shortlist` names in the order of `tokens`.
+    """
     lazy: dict[str, Tensor | Lazy] = {}
     for name, (shape, dtype) in shapes.items():
-        if name in dense.shapes:
-            lazy.update(_quantised(name, dense, load))
+        if name in stored.dense.shapes:
+            trimmed = tokens if stored.shortlist is not None and stored.shortlist.weight == name else None
+            lazy.update(_dense_parts(name, dtype, stored, load, trimmed))
         else:
             lazy[name] = Lazy(shape, dtype, partial(load, name))
     write_safetensors(path, lazy, METADATA)
 
 
-def _quantised(name: str, dense: StoredWeights, load: Callable[[str], Tensor]) -> dict[str, Lazy]:
-    """Return values and scales of a dense matrix, made together when the first of them is written."""
-    shape, bits, group_size = dense.shapes[name], dense.encoding.bits, dense.encoding.group_size
+def _dense_parts(
+    name: str, dtype: torch.dtype, stored: Stored, load: Callable[[str], Tensor], tokens: Shortlist | None
+) -> dict[str, Tensor | Lazy]:
+    """Return the parts of a dense matrix, made together when the first of them is written."""
+    encoding, (rows, columns) = stored.dense.encoding, stored.dense.shapes[name]
     made: dict[str, Tensor] = {}
 
-    def take(suffix: str) -> Tensor:
+    def take(part: str) -> Tensor:
         if not made:
-            found = quantise(load(name), None, None, bits=bits, group_size=group_size)
-            made.update(values=found.codes, scales=found.scales)
-        return made.pop(suffix)
+            weight = _encoded(load(name), encoding)
+            made.update(
+                (weight if tokens is None else weight.take_rows(torch.from_numpy(tokens.order()))).tensors(name)
+            )
+        return made.pop(part)
 
-    groups = n_groups(shape[1], group_size)
-    return {
-        f"{name}.values": Lazy(shape, torch.uint8, partial(take, "values")),
-        f"{name}.scales": Lazy((shape[0], groups), torch.bfloat16, partial(take, "scales")),
+    kinds = {
+        "values": ((rows, stored_width(columns, encoding)), torch.uint8 if encoding.bits else dtype),
+        "scales": ((rows, n_groups(columns, encoding.group_size or 1)), torch.bfloat16),
     }
+    parts = {f"{name}.{suffix}": kinds[suffix] for suffix in dense.stored_suffixes(encoding)}
+    lazy: dict[str, Tensor | Lazy] = {part: Lazy(*kind, partial(take, part)) for part, kind in parts.items()}
+    if tokens is not None:
+        lazy[f"{name}.{shortlist.SUFFIX}"] = torch.from_numpy(tokens.tokens)
+    return lazy
+
+
+def _encoded(weight: Tensor, encoding: Encoding) -> DenseWeight:
+    if not encoding.bits:
+        return DenseWeight(weight)
+    return pack_dense(quantise(weight, None, None, bits=encoding.bits, group_size=encoding.group_size), encoding)
 
 
 def read_shard(path: Path, stored: Stored, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -78,23 +105,49 @@ def read_shard(path: Path, stored: Stored, dtype: torch.dtype = torch.float32) -
     CheckpointError
         When the file cannot be read, or a packed weight is incomplete, damaged or not in `stored`.
     """
+    with _opened(path) as file:
+        names = set(file.keys())
+        wanted = _wanted(path, names, stored)
+        parts = {f"{name}.{suffix}" for name, suffixes in wanted.items() for suffix in suffixes}
+        tensors = {name: file.get_tensor(name).clone() for name in sorted(names - parts)}
+        for name, suffixes in wanted.items():
+            found = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in suffixes}
+            tensors[name] = unpack_parts(name, found, stored, dtype)
+        return tensors
+
+
+def read_shortlist(folder: Path) -> Shortlist | None:
+    """Return the tokens that the head of a sub-model computes; None when it computes all.
+
+    Raises
+    ------
+    CheckpointError
+        When a file is missing or cannot be read, or the shortlist is damaged.
+    """
+    stored = check_quantization_config(read_json(folder / "config.json").get("quantization_config"))
+    if stored.shortlist is None:
+        return None
+    name, count = stored.shortlist.weight, stored.shortlist.tokens
+    key = f"{name}.{shortlist.SUFFIX}"
+    for path in sorted(folder.glob("*.safetensors")):
+        with _opened(path) as file:
+            if key in file.keys():  # noqa: SIM118 - not a mapping
+                return checked_shortlist(file.get_tensor(key).numpy(), count, stored.dense.shapes[name][0], name)
+    raise CheckpointError(f"no file of {str(folder)!r} holds {key!r}; derive or fetch the sub-model again")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            wanted = _wanted(path, names, stored)
-            parts = {f"{name}.{suffix}" for name, suffixes in wanted.items() for suffix in suffixes}
-            tensors = {name: file.get_tensor(name).clone() for name in sorted(names - parts)}
-            for name, suffixes in wanted.items():
-                found = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in suffixes}
-                tensors[name] = unpack_parts(name, found, stored, dtype)
-            return tensors
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"shard {str(path)!r} cannot be read ({error}); derive or fetch it again") from None
 
 
 def _wanted(path: Path, names: set[str], stored: Stored) -> dict[str, tuple[str, ...]]:
     """Return the suffixes of each weight of a shard that has parts; raises where they are not those of the config."""
-    parts = {name for name in names if name.rpartition(".")[2] in SUFFIXES}
+    parts = {name for name in names if name.rpartition(".")[2] in PART_SUFFIXES}
     wanted = {name: _suffixes(name, stored) for name in sorted({name.rpartition(".")[0] for name in parts})}
     expected = {f"{name}.{suffix}" for name, suffixes in wanted.items() for suffix in suffixes}
     for problem, wrong in (("lacks", expected - names), ("holds what config.json does not tell of,", parts - expected)):
@@ -105,13 +158,14 @@ def _wanted(path: Path, names: set[str], stored: Stored) -> dict[str, tuple[str,
 
 def _suffixes(name: str, stored: Stored) -> tuple[str, ...]:
     """Return the suffixes of the tensors of a weight that is not stored as it is; none for one that is not known."""
-    if name in stored.dense.shapes:
-        return DENSE_SUFFIXES
-    return stored_suffixes(stored.pruned.encoding) if name in stored.pruned.shapes else ()
+    if (whole := stored.whole(name)) is not None:
+        trimmed = stored.shortlist is not None and stored.shortlist.weight == name
+        return (*dense.stored_suffixes(whole.encoding), *([shortlist.SUFFIX] if trimmed else []))
+    return bitmask.stored_suffixes(stored.pruned.encoding) if name in stored.pruned.shapes else ()
 
 
 def unpack_parts(name: str, parts: Mapping[str, Tensor], stored: Stored, dtype: torch.dtype) -> Tensor:
-    """Return a weight [out_features, in_features] from its parts by suffix.
+    """Return a weight [out_features, in_features] from its parts by suffix, its rows in the order of the base model.
 
     Raises
     ------
@@ -120,8 +174,11 @@ def unpack_parts(name: str, parts: Mapping[str, Tensor], stored: Stored, dtype: 
     """
     if parts.keys() != set(_suffixes(name, stored)):
         raise damaged(name, f"it has the parts {', '.join(sorted(parts))}")
-    if name in stored.dense.shapes:
-        quantised = Quantised(parts["values"], parts["scales"])
-        return unpack_dense(quantised, stored.dense.shapes[name], name, stored.dense.encoding, dtype)
-    weight, _mask = unpack(PackedWeight(**parts), stored.pruned.shapes[name], name, stored.pruned.encoding, dtype)
-    return weight
+    if (whole := stored.whole(name)) is not None:
+        weight, rows = DenseWeight(parts["values"], parts.get("scales")), None
+        if stored.shortlist is not None and shortlist.SUFFIX in parts:
+            count, vocabulary = stored.shortlist.tokens, whole.shapes[name][0]
+            tokens = checked_shortlist(parts[shortlist.SUFFIX].numpy(), count, vocabulary, name)
+            rows = torch.from_numpy(tokens.rows())
+        return unpack_dense(weight, whole.shapes[name], name, whole.encoding, dtype, rows=rows)
+    return unpack(PackedWeight(**parts), stored.pruned.shapes[name], name, stored.pruned.encoding, dtype)[0]

@@ -58,6 +58,8 @@ class Provenance:
         Plain JSON data.
     dtype
         The base model's precision as its config names it, e.g. `bfloat16`.
+    shortlist
+        How many tokens a trimmed head computes, which, and what they cover; None when it computes all.
     """
 
     base_model: Mapping[str, Any]
@@ -65,6 +67,7 @@ class Provenance:
     calibration: Mapping[str, Any]
     versions: Mapping[str, str]
     dtype: str
+    shortlist: Mapping[str, Any] | None = None
 
 
 def finish_submodel(
@@ -83,7 +86,7 @@ def finish_submodel(
     stored
         How weights are stored; the pruned ones in the order of the model.
     """
-    layers = _write_index(folder, shards, stored.pruned.shapes)
+    layers = _write_index(folder, shards, stored)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(stored)
     if not {"dtype", "torch_dtype"} & config.keys():
@@ -105,6 +108,8 @@ def finish_submodel(
         "layers": [layer.to_dict() for layer in layers],
         "versions": dict(provenance.versions),
     }
+    if provenance.shortlist is not None:
+        manifest["shortlist"] = dict(provenance.shortlist)
     atomic_write_bytes(folder / CARD, model_card(manifest).encode())
     hashed = sorted(path.name for path in folder.iterdir() if path.name not in NOT_HASHED)
     manifest["files"] = {name: sha256_file(folder / name) for name in hashed}
@@ -119,10 +124,11 @@ def carry_files(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def _write_index(folder: Path, shards: Iterable[str], shapes: Mapping[str, tuple[int, int]]) -> tuple[LayerRecord, ...]:
+def _write_index(folder: Path, shards: Iterable[str], stored: Stored) -> tuple[LayerRecord, ...]:
     """Write the index from the shards' own headers; return what each pruned weight kept."""
     weight_map: dict[str, str] = {}
-    kept: dict[str, int] = {}
+    shapes = stored.pruned.shapes
+    kept = {name: shapes[name][0] * shapes[name][1] for name in stored.unmasked}
     total_size = 0
     for shard in shards:
         path = folder / shard

@@ -8,14 +8,12 @@ decoding.
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from secateur.errors import ConfigError
@@ -25,7 +23,6 @@ from secateur.runtime.threads import usable_threads
 
 DECODE_PROMPT = 64  # tokens before those whose decoding is timed
 BUSY = 0.15  # share of the processors that others may use before the figures are called into question
-BANDWIDTH_BYTES = 400_000_000  # more than any cache
 
 Progress = Callable[[str, int, int], None]
 
@@ -46,6 +43,10 @@ class Speed:
         Memory after all questions: all of it, and without pages of mapped files, which processes share.
     tokens_per_second
         For each question, such as `prefill 512` or `decode x8`, the figures of all rounds.
+    read_mb
+        What a decoded token reads, in millions of bytes; None where that is not known.
+    unpacking_ms
+        For each round what the products of a token take when their weights are cached: with no wait for memory.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Speed:
     resident_mb: float
     private_mb: float
     tokens_per_second: Mapping[str, tuple[float, ...]]
+    read_mb: float | None = None
+    unpacking_ms: tuple[float, ...] = ()
 
     def median(self, question: str) -> float | None:
         """Return the median over rounds; None where the question was not put."""
@@ -135,8 +138,8 @@ def benchmark(
             progress(f"loading {peer.name}", len(workers), len(peers))
             workers.append(Worker(peer.kind, peer.path, count))
             stack.callback(workers[-1].close)
-        found, bandwidth, busy = _take_turns(peers, workers, questions, rounds, count, progress)
-        speeds = tuple(map(_speed, peers, workers, found))
+        found, limits, bandwidth, busy = _take_turns(peers, workers, questions, rounds, count, progress)
+        speeds = tuple(map(_speed, peers, workers, found, limits))
     return SpeedReport(speeds, count, rounds, tuple(bandwidth), busy, _machine())
 
 
@@ -147,13 +150,19 @@ def _take_turns(  # noqa: PLR0917
     rounds: int,
     threads: int,
     progress: Progress,
-) -> tuple[list[dict[str, list[float]]], list[float], float]:
-    """Put every question to every worker in every round; return tokens/s of each, bandwidths, and how busy it was."""
+) -> tuple[list[dict[str, list[float]]], list[list[dict[str, float]]], list[float], float]:
+    """Put every question to every worker in every round.
+
+    Returns tokens/s and limits of each, the bandwidths, and how busy the machine was.
+    """
     found: list[dict[str, list[float]]] = [{} for _ in workers]
+    limits: list[list[dict[str, float]]] = [[] for _ in workers]
     bandwidth: list[float] = []
     busy, done = 0.0, 0
     for number in range(rounds):
         bandwidth += _bandwidth(threads)
+        for worker, own in zip(workers, limits, strict=True):
+            own.append(worker.ask("limits"))
         for name, question in questions.items():
             progress(name, done, rounds * len(questions))
             done += 1
@@ -165,10 +174,12 @@ def _take_turns(  # noqa: PLR0917
                     continue
                 seconds = worker.ask(seed=number, **question)["seconds"]
                 figures.setdefault(name, []).append(tokens / seconds)
-    return found, bandwidth, busy
+    return found, limits, bandwidth, busy
 
 
-def _speed(peer: Peer, worker: Worker, figures: Mapping[str, list[float]]) -> Speed:
+def _speed(
+    peer: Peer, worker: Worker, figures: Mapping[str, list[float]], limits: Sequence[Mapping[str, float]]
+) -> Speed:
     used = worker.ask("memory")
     return Speed(
         peer.name,
@@ -178,6 +189,8 @@ def _speed(peer: Peer, worker: Worker, figures: Mapping[str, list[float]]) -> Sp
         used["resident_mb"],
         used["private_mb"],
         {name: tuple(values) for name, values in figures.items()},
+        limits[0].get("read_mb"),
+        tuple(one["unpacking_ms"] for one in limits if "unpacking_ms" in one),
     )
 
 
@@ -200,17 +213,10 @@ def _questions(prompt_lengths: Sequence[int], new_tokens: int, batch: int) -> di
 
 def _bandwidth(threads: int) -> list[float]:
     """Return the read bandwidth in GB/s, or nothing where the native code is missing."""
-    from secateur.runtime.kernels import Pool, available, read_memory
+    from secateur.runtime.kernels import Pool, available
+    from secateur.runtime.limits import bandwidth
 
-    if not available():
-        return []
-    memory, pool = np.ones(BANDWIDTH_BYTES, dtype=np.uint8), Pool(threads)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        read_memory(memory, pool)
-        seconds.append(time.perf_counter() - start)
-    return [memory.nbytes / min(seconds) / 1e9]
+    return [bandwidth(Pool(threads)) / 1e9] if available() else []
 
 
 def _disk_mb(path: str) -> float:

@@ -24,8 +24,12 @@ class Runner(Protocol):
     def decode(self, prompts: Sequence[Sequence[int]], count: int) -> float:
         """Read the prompts, one for each sequence, then return the seconds that `count` greedy tokens of each take."""
 
+    def limits(self) -> dict[str, float]:
+        """Return what bounds decoding, where that is known."""
+        return {}
 
-class NativeRunner:
+
+class NativeRunner(Runner):
     """The native engine."""
 
     def __init__(self, path: str, threads: int) -> None:
@@ -61,12 +65,23 @@ class NativeRunner:
             tokens = [sampler.choose(row) for row in logits]
         return time.perf_counter() - start
 
+    def limits(self) -> dict[str, float]:
+        """Return the MB that a decoded token reads, and the ms that unpacking them takes when they are cached."""
+        from secateur.runtime.kernels import Pool
+        from secateur.runtime.limits import product_bytes, unpacking_seconds
+
+        products = self.model.products
+        return {
+            "read_mb": product_bytes(products) / 1e6,
+            "unpacking_ms": unpacking_seconds(products, Pool(self.model.threads)) * 1e3,
+        }
+
     def _read(self, sequence: Any, prompt: Sequence[int]) -> Any:
         wants = [False] * (len(prompt) - 1) + [True]
         return self.model.forward(prompt, [sequence] * len(prompt), wants)[0]
 
 
-class TorchRunner:
+class TorchRunner(Runner):
     """transformers and torch: in the stored precision, or with linears in int8 (dynamic quantisation)."""
 
     def __init__(self, path: str, threads: int, *, int8: bool = False) -> None:
@@ -107,7 +122,7 @@ class TorchRunner:
         return output.logits[:, -1].argmax(-1, keepdim=True).tolist(), output.past_key_values
 
 
-class LlamaCppRunner:
+class LlamaCppRunner(Runner):
     """llama.cpp through llama-cpp-python, an extra; `path` is a GGUF file."""
 
     def __init__(self, path: str, threads: int) -> None:

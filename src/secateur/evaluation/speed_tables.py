@@ -36,10 +36,25 @@ def _notes(report: SpeedReport) -> list[str]:
         "MB of its own: without pages of mapped files, which processes share",
     ]
     if report.bandwidth_gb_per_second:
-        notes.append(f"memory bandwidth, read: {statistics.median(report.bandwidth_gb_per_second):.1f} GB/s")
+        bandwidth = statistics.median(report.bandwidth_gb_per_second)
+        notes.append(f"memory bandwidth, read: {bandwidth:.1f} GB/s")
+        notes += [line for model in report.models for line in _limits(model, bandwidth)]
     if report.busy > BUSY:
         notes.append(
             f"WARNING: other programs used up to {report.busy:.0%} of the processors between questions: the machine "
             "is too busy to measure; repeat this when it is idle"
         )
     return notes
+
+
+def _limits(model: Speed, bandwidth: float) -> list[str]:
+    """Return how far decoding is from what bounds it: the bandwidth, and the kernels without memory."""
+    rate = model.median("decode")
+    if rate is None or model.read_mb is None or not model.unpacking_ms:
+        return []
+    reached = rate * model.read_mb / 1e3
+    unpacking = statistics.median(model.unpacking_ms)
+    return [
+        f"{model.name}: decode reads {model.read_mb:.0f} MB a token, {reached:.1f} GB/s, {reached / bandwidth:.0%} of "
+        f"the bandwidth; unpacking alone takes {unpacking:.1f} ms, {unpacking * rate / 1e3:.0%} of the time of a token"
+    ]

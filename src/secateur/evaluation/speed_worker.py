@@ -51,7 +51,7 @@ class Worker:
             raise
 
     def ask(self, question: str, **options: Any) -> dict[str, Any]:
-        """Return the answer to one of `prefill`, `decode` and `memory`."""
+        """Return the answer to one of `prefill`, `decode`, `limits` and `memory`."""
         if self._process.stdin is not None:
             with suppress(BrokenPipeError):  # it has ended: the answer says how
                 self._process.stdin.write(json.dumps({"question": question, **options}) + "\n")
@@ -110,6 +110,8 @@ def main(kind: str, path: str, threads: int) -> None:
         asked: Mapping[str, Any] = json.loads(line)
         if asked["question"] == "memory":
             _say(_memory())
+        elif asked["question"] == "limits":
+            _say(runner.limits())
         elif asked["question"] == "prefill":
             _say({"seconds": runner.prefill(_prompt(runner.vocabulary, asked["length"], asked["seed"]))})
         else:

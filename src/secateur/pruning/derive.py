@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from secateur.calibration.mixture import domain_items, parse_mixture
 from secateur.calibration.packing import CalibrationSet, build_calibration_set
+from secateur.calibration.shortlist import TokenChoice, choose_tokens
 from secateur.checkpoint.format import MANIFEST, read_json
 from secateur.config import Recipe, make_recipe
 from secateur.errors import ConfigError, ModelError
@@ -81,6 +82,8 @@ def derive(
     propagate: bool = True,
     values: str = "base",
     group_size: int | None = None,
+    trim_vocabulary: bool = False,
+    data: str | Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
     resume: bool = False,
@@ -97,8 +100,10 @@ def derive(
         Token ids [samples, sequence_length] of the base model's tokenizer, and where they come from.
     output
         The folder to write; it must not exist.
-    sparsity, method, budget, granularity, propagate, values, group_size
+    sparsity, method, budget, granularity, propagate, values, group_size, trim_vocabulary
         See `secateur.config.Recipe`.
+    data
+        The folder with text that the calibration set was drawn from, if there was one; only `trim_vocabulary` reads it.
     device
         Where blocks run, as torch names it.
     threads
@@ -134,9 +139,10 @@ def derive(
             "propagate": propagate,
             "values": values,
             "group_size": group_size,
+            "trim_vocabulary": trim_vocabulary,
         }
     )
-    execution = Execution(output, device, threads, resume, progress, announce)
+    execution = Execution(output, device, threads, resume, progress, announce, None if data is None else Path(data))
     return _derive(Base.open(folder), recipe, calibration, execution)
 
 
@@ -174,7 +180,7 @@ def derive_recipe(
         seed=recipe.seed,
         data=data,
     )
-    return _derive(base, recipe, calibration, Execution(output, device, threads, resume, progress, announce))
+    return _derive(base, recipe, calibration, Execution(output, device, threads, resume, progress, announce, data))
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,7 @@ class Execution:
     resume: bool
     progress: Progress
     announce: Callable[[str], None] | None
+    data: Path | None
 
 
 def _derive(base: Base, recipe: Recipe, calibration: CalibrationSet, execution: Execution) -> SubModel:
@@ -195,23 +202,46 @@ def _derive(base: Base, recipe: Recipe, calibration: CalibrationSet, execution: 
     target = Path(os.path.normpath(execution.output))
     device = checked_device(execution.device)
     _check_calibration(base.model, calibration)
+    shortlist = _shortlist(base, calibration, execution) if recipe.trim_vocabulary else None
     if execution.resume and os.path.lexists(target):
-        check_finished(target, _plan(base, recipe, calibration, execution))
+        check_finished(target, _plan(base, recipe, calibration, shortlist, execution))
         return SubModel(target, read_json(target / MANIFEST), {})
     check_output(target, resume=execution.resume)
     threads = execution.threads or torch.get_num_threads()
     forecast = forecast_job(base, recipe, calibration.token_ids.size, threads, partial_folder(target))
     if execution.announce is not None:
         execution.announce(forecast.describe())
-    plan = _plan(base, recipe, calibration, execution)
+    plan = _plan(base, recipe, calibration, shortlist, execution)
     with open_workspace(target, resume=execution.resume) as workspace:
         plan = workspace.start(plan)
         with limited_threads(plan["run_threads"]):
-            log = Job(base, recipe, calibration, forecast, device, workspace, plan).run(execution.progress)
+            log = Job(base, recipe, calibration, shortlist, forecast, device, workspace, plan).run(execution.progress)
     return SubModel(target, read_json(target / MANIFEST), log)
 
 
-def _plan(base: Base, recipe: Recipe, calibration: CalibrationSet, execution: Execution) -> dict[str, Any]:
+def _shortlist(base: Base, calibration: CalibrationSet, execution: Execution) -> TokenChoice:
+    """Choose the tokens of a trimmed head from the text that the calibration set was drawn from."""
+    execution.progress("tokens", 0, 1)
+    choice = choose_tokens(
+        calibration.mixture,
+        load_tokenizer(base.folder),
+        base.head_rows(),
+        always=base.named_tokens(),
+        seed=calibration.seed,
+        data=execution.data,
+    )
+    if choice.provenance != calibration.provenance:
+        raise ConfigError(
+            "the text that is found for the vocabulary is not that of the calibration set: "
+            "name the data folder that it was drawn from"
+        )
+    execution.progress("tokens", 1, 1)
+    return choice
+
+
+def _plan(
+    base: Base, recipe: Recipe, calibration: CalibrationSet, shortlist: TokenChoice | None, execution: Execution
+) -> dict[str, Any]:
     """Everything that decides the bytes of the result, as plain JSON."""
     folder = base.folder
     names = ("config.json", "model.safetensors.index.json")
@@ -221,7 +251,7 @@ def _plan(base: Base, recipe: Recipe, calibration: CalibrationSet, execution: Ex
         execution.progress("hash", number, len(files))
         hashes[path.name] = sha256_file(path)
     execution.progress("hash", len(files), len(files))
-    return {
+    plan = {
         "recipe": recipe.to_dict(),
         "base_model": {
             "name": folder.name,
@@ -238,6 +268,7 @@ def _plan(base: Base, recipe: Recipe, calibration: CalibrationSet, execution: Ex
         "device": torch.device(execution.device).type,
         "run_threads": execution.threads or torch.get_num_threads(),
     }
+    return plan if shortlist is None else {**plan, "shortlist": shortlist.to_dict()}
 
 
 def _check_length(model: PreTrainedModel, sequence_length: int) -> None:

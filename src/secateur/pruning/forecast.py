@@ -72,6 +72,7 @@ def make_forecast(
     threads: int,
     output: Path,
     encoding: Encoding = FLOATS,
+    trimmed: bool = False,
 ) -> Forecast:
     """Forecast a derivation.
 
@@ -94,6 +95,8 @@ def make_forecast(
         are not counted again.
     encoding
         How kept weights are stored.
+    trimmed
+        Whether the rows of the head are reordered.
 
     Raises
     ------
@@ -112,7 +115,11 @@ def make_forecast(
     working = 2 * largest * itemsize + 16 * side_by_side + batch
     outer = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
     rounded = _rounded_entries(model) if encoding.bits else 0
-    working = max(working, int(rounded * _bytes_per_entry(DENSE_ENCODING, itemsize)))
+    # Reordered rows are a second copy of what is written.
+    rewritten = rounded * _bytes_per_entry(DENSE_ENCODING, itemsize) * (1 + trimmed)
+    if trimmed and not encoding.bits:
+        rewritten = _rounded_entries(model) * itemsize
+    working = max(working, int(rewritten))
     disk = SMALL_FILES + int(
         sum(sizes) * (1 / 8 + _bytes_per_entry(encoding, itemsize, 1 - sparsity))
         + (outer - rounded) * itemsize

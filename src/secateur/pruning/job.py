@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.calibration.packing import CalibrationSet
+from secateur.calibration.shortlist import TokenChoice
 from secateur.checkpoint.format import (
     ACTIVATIONS,
     DENSE_ENCODING,
@@ -23,10 +24,13 @@ from secateur.checkpoint.format import (
     Encoding,
     Stored,
     StoredWeights,
+    TrimmedHead,
     dump_json,
+    read_json,
     shard_name,
 )
 from secateur.checkpoint.shards import write_outer_shard
+from secateur.checkpoint.shortlist import Shortlist
 from secateur.checkpoint.submodel import Provenance, finish_submodel
 from secateur.config import Recipe
 from secateur.errors import ModelError
@@ -37,10 +41,11 @@ from secateur.models.structure import Block, embedding_weights, find_blocks
 from secateur.models.weights import WeightReader, drop_parameters, load_skeleton, set_parameters
 from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.forecast import TOKENS_PER_BATCH, Forecast, make_forecast
-from secateur.pruning.loop import Activations, BlockRun, Progress, prune_blocks
+from secateur.pruning.loop import Activations, BlockRun, Progress, is_unmasked, prune_blocks
 from secateur.pruning.methods import METHODS
 from secateur.pruning.workspace import Workspace
 
+TOKEN_FILES = ("config.json", "generation_config.json")
 VALUE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -101,6 +106,34 @@ class Base:
         inside = tuple(f"{block.name}." for block in self.blocks)
         return [name for name in self.stored_names() if not name.startswith(inside)]
 
+    def head_name(self) -> str:
+        """Return the name of the matrix that is the head, which may be the embedding.
+
+        Raises
+        ------
+        ModelError
+            When the model has none.
+        """
+        outer, ends = self.outer_names(), (self.model.get_output_embeddings(), self.model.get_input_embeddings())
+        for end in ends:
+            name = next((f"{name}.weight" for name, module in self.model.named_modules() if module is end), None)
+            if name in outer and name is not None:
+                return name
+        raise ModelError(
+            f"model {self.folder.name!r} has no head that could be trimmed: derive it without --trim-vocabulary"
+        )
+
+    def head_rows(self) -> int:
+        """Return the number of tokens that the head computes."""
+        return int(self.model.get_parameter(self.head_name()).shape[0])
+
+    def named_tokens(self) -> list[int]:
+        """Return the tokens that config and generation_config name, such as those that end a text."""
+        contents = [read_json(path) for name in TOKEN_FILES if (path := self.folder.path / name).exists()]
+        named = [value for content in contents for key, value in content.items() if key.endswith("_token_id")]
+        listed = [one for value in named for one in (value if isinstance(value, list) else [value])]
+        return [one for one in listed if type(one) is int]
+
 
 def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspace: Path) -> Forecast:
     """Forecast a derivation from headers alone; raises `ResourceError` when it cannot fit."""
@@ -115,6 +148,7 @@ def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspac
         threads=threads,
         output=workspace,
         encoding=encoding_of(recipe),
+        trimmed=recipe.trim_vocabulary,
     )
 
 
@@ -135,6 +169,8 @@ class Job:
     ----------
     base, recipe, calibration, forecast, workspace
         What is derived, from what, and where.
+    tokens
+        Those that a trimmed head computes; None when it is not trimmed.
     device
         Where blocks run.
     plan
@@ -144,6 +180,7 @@ class Job:
     base: Base
     recipe: Recipe
     calibration: CalibrationSet
+    tokens: TokenChoice | None
     forecast: Forecast
     device: torch.device
     workspace: Workspace
@@ -166,19 +203,23 @@ class Job:
         return log
 
     def _block_run(self, timings: dict[str, float]) -> BlockRun:
-        sizes = {name: out * width for name, (out, width) in self.base.shapes().items()}
         needs_data = METHODS.get(self.recipe.method).needs != "nothing"
         return BlockRun(
             self.base.model,
             self.base.blocks,
             self.base.reader,
             self.recipe,
-            BUDGETS.get(self.recipe.budget).function(sizes, self.recipe.sparsity),
+            self._sparsity(),
             encoding_of(self.recipe),
             lambda block: self.workspace.folder / shard_name(block.index + 1, len(self.base.blocks) + 1),
             self._embed(timings) if needs_data else None,
             self.device,
         )
+
+    def _sparsity(self) -> dict[str, float]:
+        """Return the target sparsity of each prunable weight by name."""
+        sizes = {name: out * width for name, (out, width) in self.base.shapes().items()}
+        return BUDGETS.get(self.recipe.budget).function(sizes, self.recipe.sparsity)
 
     def _check_weights(self, progress: Progress) -> None:
         """Raise `ModelError` for a weight that is missing, misshapen or not finite before hours of work, not after."""
@@ -234,13 +275,16 @@ class Job:
             outer = self.base.outer_names()
             with reader:
                 shapes = {name: (reader.shape(name), reader.mapped(name).dtype) for name in outer}
-                write_outer_shard(path, shapes, reader.mapped, stored.dense)
+                chosen = self.tokens
+                tokens = None if chosen is None else Shortlist(chosen.token_ids, chosen.vocabulary)
+                write_outer_shard(path, shapes, reader.mapped, stored, tokens)
         provenance = Provenance(
             self.plan["base_model"],
             self.plan["recipe"],
             self.plan["calibration"],
             self.plan["versions"],
             str(self.base.dtype()).removeprefix("torch."),
+            self.plan.get("shortlist"),
         )
         shards = [shard_name(number, total) for number in range(1, total + 1)]
         return finish_submodel(self.workspace.folder, self.base.folder.path, shards, stored, provenance)
@@ -248,18 +292,22 @@ class Job:
     def _stored(self) -> Stored:
         """Say how the weights are stored: pruned ones as the recipe asks, embedding and head with them."""
         shapes, encoding = self.base.shapes(), encoding_of(self.recipe)
+        head = None if self.tokens is None else TrimmedHead(self.base.head_name(), len(self.tokens.token_ids))
         if not encoding.bits:
             with self.base.reader as reader:
                 dtypes = dict.fromkeys(VALUE_NAMES[reader.mapped(name).dtype] for name in shapes)
-            return Stored(StoredWeights(Encoding("+".join(dtypes)), shapes))
-        embeddings = embedding_weights(self.base.model)
-        dense = {
-            name: self.base.model.get_parameter(name).shape for name in self.base.outer_names() if name in embeddings
-        }
-        return Stored(
-            StoredWeights(encoding, shapes),
-            StoredWeights(DENSE_ENCODING, {name: (shape[0], shape[1]) for name, shape in dense.items()}),
-        )
+                pruned = StoredWeights(Encoding("+".join(dtypes)), shapes)
+                if head is None:
+                    return Stored(pruned)
+                dense_encoding = Encoding(VALUE_NAMES[reader.mapped(head.weight).dtype])
+            return Stored(pruned, StoredWeights(dense_encoding, self._outer_shapes((head.weight,))), shortlist=head)
+        dense = StoredWeights(DENSE_ENCODING, self._outer_shapes(embedding_weights(self.base.model)))
+        unmasked = frozenset(name for name, target in self._sparsity().items() if is_unmasked(encoding, target))
+        return Stored(StoredWeights(encoding, shapes), dense, unmasked, head)
+
+    def _outer_shapes(self, wanted: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+        shapes = {n: self.base.model.get_parameter(n).shape for n in self.base.outer_names() if n in wanted}
+        return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
     def _log(self, seconds: float, timings: dict[str, float], memory_before: int) -> dict[str, Any]:
         peak = peak_memory()

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from secateur.calibration.statistics import InputStatistics, StatisticsCollector
 from secateur.checkpoint.bitmask import PackedWeight, pack, pack_integers, unpack
+from secateur.checkpoint.dense import DenseWeight, pack_dense, unpack_dense
 from secateur.checkpoint.format import Encoding, Stored, StoredWeights
 from secateur.checkpoint.quantise import quantise
 from secateur.checkpoint.shards import read_shard, write_block_shard
@@ -150,11 +151,11 @@ def _prune_weights(
     module: nn.Module,
     originals: Mapping[str, Tensor],
     statistics: Mapping[str, InputStatistics],
-) -> dict[str, PackedWeight]:
+) -> dict[str, PackedWeight | DenseWeight]:
     """Prune the weights of the block in place, side by side in threads, and return them packed."""
     method = METHODS.get(run.recipe.method)
 
-    def prune(linear: str) -> tuple[str, PackedWeight]:
+    def prune(linear: str) -> tuple[str, PackedWeight | DenseWeight]:
         name = block.weight_name(linear)
         weight = module.get_parameter(f"{linear}.weight")
         return name, _prune_weight(run, method, name, originals[name], weight, statistics.get(linear))
@@ -170,28 +171,43 @@ def _prune_weight(  # noqa: PLR0917
     original: Tensor,
     parameter: Tensor,
     statistics: InputStatistics | None,
-) -> PackedWeight:
+) -> PackedWeight | DenseWeight:
     """Prune a weight in its own precision, quantise it, and put the result in the place of the block's parameter."""
     # crc32 is a stable way to give each weight its own random numbers; nothing depends on it being strong.
     target = Target(run.sparsity[name], run.recipe.granularity, run.recipe.seed ^ zlib.crc32(name.encode()))
     with torch.inference_mode():
         pruned = method.function(original.to(run.device), statistics, target)
-        packed, kept = _pack(run.encoding, name, pruned, statistics, parameter.dtype)
+        unmasked = is_unmasked(run.encoding, target.sparsity)
+        packed, kept = _pack(run.encoding, name, pruned, statistics, parameter.dtype, unmasked=unmasked)
         parameter.data.copy_(kept)
     return packed
 
 
+def is_unmasked(encoding: Encoding, sparsity: float) -> bool:
+    """Return whether a weight is stored without a bitmask: one that loses no entry, where values are integers."""
+    return encoding.bits > 0 and sparsity == 0
+
+
 def _pack(
-    encoding: Encoding, name: str, pruned: Pruned, statistics: InputStatistics | None, dtype: torch.dtype
-) -> tuple[PackedWeight, Tensor]:
+    encoding: Encoding,
+    name: str,
+    pruned: Pruned,
+    statistics: InputStatistics | None,
+    dtype: torch.dtype,
+    *,
+    unmasked: bool = False,
+) -> tuple[PackedWeight | DenseWeight, Tensor]:
     """Return a pruned weight as it is stored, and what a reader will make of that."""
     if not encoding.bits:
         return pack(pruned.weight, pruned.mask), zero_removed(pruned.weight, pruned.mask)
     importance = None if statistics is None else statistics.sum_squares
     found = quantise(pruned.weight, pruned.mask, importance, bits=encoding.bits, group_size=encoding.group_size)
+    shape = (pruned.mask.shape[0], pruned.mask.shape[1])
+    if unmasked:
+        dense = pack_dense(found, encoding)
+        return dense, unpack_dense(dense, shape, name, encoding, dtype)
     packed = pack_integers(found, pruned.mask, encoding.bits)
-    weight, _mask = unpack(packed, (pruned.mask.shape[0], pruned.mask.shape[1]), name, encoding, dtype)
-    return packed, weight
+    return packed, unpack(packed, shape, name, encoding, dtype)[0]
 
 
 def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
@@ -201,7 +217,8 @@ def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
         shapes = {block.weight_name(n): tuple(module.get_parameter(f"{n}.weight").shape) for n in block.prunable}
         with run.reader as reader:
             dtype = reader.mapped(block.weight_name(block.prunable[0])).dtype
-        tensors = read_shard(path, Stored(StoredWeights(run.encoding, shapes)), dtype)
+        unmasked = frozenset(name for name in shapes if is_unmasked(run.encoding, run.sparsity[name]))
+        tensors = read_shard(path, Stored(StoredWeights(run.encoding, shapes), unmasked=unmasked), dtype)
         if run.activations is None:
             return
         if run.recipe.propagate:

@@ -159,15 +159,15 @@ def check_finished(output: Path, plan: dict[str, Any]) -> None:
         manifest = _completed(read_json(output / MANIFEST))
     except CheckpointError:
         raise OutputError(f"output {str(output)!r} exists and is no sub-model: name another one") from None
-    for key in ("recipe", "base_model", "calibration"):
-        if _decisive(manifest.get(key)) != _decisive(plan[key]):
-            difference = describe_difference(key, manifest.get(key), plan[key])
+    for key in ("recipe", "base_model", "calibration", "shortlist"):
+        if _decisive(manifest.get(key)) != _decisive(plan.get(key)):
+            difference = describe_difference(key, manifest.get(key), plan.get(key))
             raise OutputError(f"output {str(output)!r} exists, made with another {difference}: name another one")
 
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:
     """Append the options that recipes did not have at first, with what was done then."""
-    recipe, first = content.get("recipe"), {"values": "base", "group_size": None}
+    recipe, first = content.get("recipe"), {"values": "base", "group_size": None, "trim_vocabulary": False}
     if not isinstance(recipe, dict):
         return content
     return {**content, "recipe": recipe | {key: value for key, value in first.items() if key not in recipe}}

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.checkpoint.shortlist import Shortlist
 from secateur.errors import ModelError
 from secateur.runtime.cancelling import Cancelled, IsCancelled
 from secateur.runtime.options import GenerationOptions
@@ -57,13 +58,17 @@ class TransformersBackend:
     ----------
     model, tokenizer
         The transformers objects; the model is in evaluation mode.
+    shortlist
+        The tokens that a trimmed head computes, and no others are generated; None when there is no such head.
     """
 
     name = "torch"
     together = False
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shortlist: Shortlist | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.shortlist = model, tokenizer, shortlist
         self.codec = TransformersCodec(tokenizer)
         self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -77,7 +82,7 @@ class TransformersBackend:
     ) -> Iterator[int]:
         """Yield new token ids; see `generate_token_ids`."""
         ends = end_of_sequence_ids(self.model, self.tokenizer) | end_ids
-        return generate_token_ids(self.model, prompt_ids, options, ends, cancelled)
+        return generate_token_ids(self.model, prompt_ids, options, ends, shortlist=self.shortlist, cancelled=cancelled)
 
     def generate_batch(
         self, prompts: Sequence[Sequence[int]], options: GenerationOptions, *, cancelled: IsCancelled | None = None
@@ -101,12 +106,16 @@ def generate_token_ids(
     prompt_ids: Sequence[int],
     options: GenerationOptions,
     end_ids: frozenset[int],
+    *,
+    shortlist: Shortlist | None = None,
     cancelled: IsCancelled | None = None,
 ) -> Iterator[int]:
     """Yield new token ids until `max_new_tokens`, or before the first of `end_ids` unless they are ignored.
 
-    The text also ends when `cancelled` says so, which is asked before each operation of the model.
+    With a shortlist no other tokens are chosen. The text also ends when `cancelled` says so, which is asked before each
+    operation of the model.
     """
+    allowed = None if shortlist is None else torch.from_numpy(shortlist.tokens).long()
     generator = torch.Generator()
     if options.seed is None:
         generator.seed()
@@ -120,6 +129,8 @@ def generate_token_ids(
                 logits, cache = _forward(model, step, cache)
         except Cancelled:
             return
+        if allowed is not None:
+            logits = torch.full_like(logits, -torch.inf).index_copy(0, allowed, logits[allowed])
         token_id = choose_token(logits, options, generator, known)
         if token_id in end_ids and not options.ignore_eos:
             return

@@ -17,6 +17,8 @@ BANDWIDTH_BYTES = 400_000_000  # more than any cache
 CACHED_BYTES = 400_000  # of each thread: in the second-level cache of processors since 2015 but the smallest
 SECONDS = 0.02  # that a kernel is timed for
 
+Products = Sequence[tuple[NativeWeight, int]]
+
 
 def read_memory(data: NDArray[Any], pool: Pool | None = None) -> int:
     """Read an array with plain loads and return the sum of its 64-bit words."""
@@ -35,21 +37,31 @@ def bandwidth(pool: Pool, attempts: int = 3) -> float:
     return memory.nbytes / min(seconds)
 
 
-def unpacking_seconds(weights: Sequence[NativeWeight], pool: Pool) -> float:
-    """Return the seconds that the products of one vector with all of `weights` take if no byte comes from memory.
+def product_bytes(products: Products) -> int:
+    """Return the bytes of all rows that are multiplied: what a decoded token reads."""
+    return round(sum(weight.nbytes * rows / weight.shape[0] for weight, rows in products))
 
-    For weights of one kind and shape the rows of one that fit into the caches are multiplied again and again, and
+
+def unpacking_seconds(products: Products, pool: Pool) -> float:
+    """Return the seconds that the products of one vector take if no byte comes from memory.
+
+    Among weights of one kind and shape the rows of one that fit into the caches are multiplied again and again, and
     stand for all others.
+
+    Parameters
+    ----------
+    products
+        Weights, and how many rows of each are multiplied.
     """
-    alike: dict[tuple[object, ...], list[NativeWeight]] = {}
-    for weight in weights:
-        alike.setdefault((weight.kind, weight.shape, weight.group_size, weight.bitmask is None), []).append(weight)
-    return sum(len(group) * _unpacking_seconds(group[0], pool) for group in alike.values())
+    alike: dict[tuple[object, ...], list[tuple[NativeWeight, int]]] = {}
+    for weight, rows in products:
+        key = (weight.kind, weight.shape, weight.group_size, weight.bitmask is None)
+        alike.setdefault(key, []).append((weight, rows))
+    return sum(_row_seconds(group[0][0], pool) * sum(rows for _, rows in group) for group in alike.values())
 
 
-def _unpacking_seconds(weight: NativeWeight, pool: Pool) -> float:
-    all_rows = weight.shape[0]
-    rows = min(all_rows, max(1, CACHED_BYTES * pool.threads * all_rows // weight.nbytes))
+def _row_seconds(weight: NativeWeight, pool: Pool) -> float:
+    rows = min(weight.shape[0], max(1, CACHED_BYTES * pool.threads * weight.shape[0] // weight.nbytes))
 
     def run(times: int) -> float:
         start = time.perf_counter()
@@ -59,4 +71,4 @@ def _unpacking_seconds(weight: NativeWeight, pool: Pool) -> float:
 
     run(2)  # brings the rows to the caches
     times = max(2, round(SECONDS / max(run(2) / 2, 1e-7)))
-    return min(run(times) for _ in range(3)) / times * all_rows / rows
+    return min(run(times) for _ in range(3)) / times / rows

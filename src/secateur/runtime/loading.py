@@ -76,6 +76,7 @@ def _warn_without_kernels() -> None:
 
 
 def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> LoadedModel:
+    from secateur.checkpoint.shards import read_shortlist
     from secateur.models.device import checked_device, set_threads
     from secateur.models.source import load_tokenizer
     from secateur.runtime.generation import TransformersBackend
@@ -83,7 +84,9 @@ def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> Load
     checked_device(device)
     if threads is not None:
         set_threads(threads)
-    return LoadedModel(folder.path, TransformersBackend(open_model(folder, device=device), load_tokenizer(folder)))
+    shortlist = read_shortlist(folder.path) if folder.is_submodel() else None
+    model = open_model(folder, device=device)
+    return LoadedModel(folder.path, TransformersBackend(model, load_tokenizer(folder), shortlist))
 
 
 def open_model(folder: "ModelFolder", *, device: str = "cpu") -> "PreTrainedModel":
@@ -135,11 +138,11 @@ def _find_damage(folder: "ModelFolder") -> None:
 
 def _check_report(folder: "ModelFolder", report: dict[str, Any]) -> None:
     """Refuse a model that transformers opened with a mere warning although weights are random or still packed."""
-    from secateur.checkpoint.bitmask import SUFFIXES
+    from secateur.checkpoint.shards import PART_SUFFIXES
 
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in report.get("mismatched_keys", ())]
     # A pruned weight that nothing unpacked is left over under the names of its parts.
-    packed = [name for name in report.get("unexpected_keys", ()) if name.rpartition(".")[2] in SUFFIXES]
+    packed = [name for name in report.get("unexpected_keys", ()) if name.rpartition(".")[2] in PART_SUFFIXES]
     problems = {
         "missing from its files": sorted(report.get("missing_keys", ())),
         "of another shape than its config says": sorted(mismatched),

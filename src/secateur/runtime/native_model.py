@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.checkpoint.format import Encoding, Stored, StoredWeights
+from secateur.checkpoint.shortlist import SUFFIX, Shortlist, checked_shortlist
 from secateur.errors import CheckpointError, ConfigError, ModelError
 from secateur.runtime.architecture import Architecture, NotNativeError
 from secateur.runtime.cancelling import Cancelled, IsCancelled
@@ -132,6 +133,11 @@ class NativeModel:
     threads
         Threads that share a step, the caller's among them.
 
+    Attributes
+    ----------
+    products
+        The matrices that each decoded token is multiplied with, and how many of their rows.
+
     Raises
     ------
     CheckpointError
@@ -146,13 +152,24 @@ class NativeModel:
         self._stored = stored
         self._pruned = stored.pruned if stored else StoredWeights(Encoding("none"))
         self._dense = stored.dense if stored else StoredWeights(Encoding("none"))
+        self._unmasked = stored.unmasked if stored else frozenset[str]()
         self._kept: list[Any] = []  # what the engine points to
         a = architecture
         blocks = (_Block * a.blocks)(*(self._block(index) for index in range(a.blocks)))
         embedding = self._matrix("model.embed_tokens.weight", a.vocabulary, a.hidden)
         tied = a.tied and not {"lm_head.weight", "lm_head.weight.values"} & self._tensors.keys()
         head = embedding if tied else self._matrix("lm_head.weight", a.vocabulary, a.hidden)
-        self.weight_bytes = self._count_bytes(embedding if not tied else None)
+        self._shortlist = self._read_shortlist(head)
+        # Row of each token in the embedding; None where that is the token itself.
+        self._rows = self._shortlist.rows().astype(np.int32) if self._shortlist and tied else None
+        computed = WeightStruct.from_buffer_copy(head.struct)
+        if self._shortlist:
+            computed.rows = len(self._shortlist.tokens)
+        self._logits = int(computed.rows)
+        matrices = [one for one in self._kept if isinstance(one, NativeWeight) and one is not embedding]
+        self.products = [(one, self._logits if one is head else one.shape[0]) for one in matrices]
+        if tied:
+            self.products.append((head, self._logits))
         norm = self._vector("model.norm.weight", a.hidden)
         shape = _Shape(
             a.blocks, a.heads, a.kv_heads, a.head_dim, a.hidden, a.intermediate, a.vocabulary, a.sliding_window,
@@ -160,7 +177,7 @@ class NativeModel:
         )  # fmt: skip
         problem = ctypes.c_char_p()
         self.handle = _library().sct_model_create(
-            ctypes.byref(shape), blocks, ctypes.byref(embedding.struct), ctypes.byref(head.struct), norm, threads,
+            ctypes.byref(shape), blocks, ctypes.byref(embedding.struct), ctypes.byref(computed), norm, threads,
             ctypes.byref(problem),
         )  # fmt: skip
         if not self.handle:
@@ -189,7 +206,7 @@ class NativeModel:
 
         Returns
         -------
-        float32 [number of wanted, vocabulary].
+        float32 [number of wanted, vocabulary]; minus infinity for tokens that a trimmed head does not compute.
 
         Raises
         ------
@@ -199,23 +216,23 @@ class NativeModel:
             When `cancelled` says so; then no sequence has changed either. The same holds for an interrupt (Ctrl-C),
             which takes effect between two blocks.
         """
-        ids = np.asarray(tokens, dtype=np.int32)
+        ids = self._embedding_rows(np.asarray(tokens, dtype=np.int32))
         flags = np.asarray(wants, dtype=np.uint8)
         handles = (ctypes.c_void_p * len(sequences))(*(sequence.handle for sequence in sequences))
         if not len(ids) == len(flags) == len(handles):
             raise ValueError(f"{len(ids)} tokens for {len(handles)} sequences and {len(flags)} wants")
-        logits = np.empty((int(np.count_nonzero(flags)), self.architecture.vocabulary), dtype=np.float32)
+        logits = np.empty((int(np.count_nonzero(flags)), self._logits), dtype=np.float32)
         arguments = (self.handle, len(ids), ids.ctypes.data, handles, flags.ctypes.data, logits.ctypes.data)
         status = self._run(arguments, len(ids), cancelled)
         if status == -1:
             raise MemoryError(f"no memory for a step of {len(ids)} tokens")
         if status == -2:
-            raise ConfigError(f"a token is outside of the vocabulary of {self.architecture.vocabulary}")
+            raise self._unknown_token()
         if status == -3:
             raise ConfigError(f"a sequence has no room for {len(ids)} more tokens")
         if status != 0:
             raise RuntimeError("another step of the same model began before this one had ended")
-        return logits
+        return self._shortlist.spread(logits) if self._shortlist else logits
 
     def _run(self, arguments: tuple[Any, ...], tokens: int, cancelled: IsCancelled | None) -> int:
         """Compute a step, block by block where it is long: Python hears of signals only between two native calls."""
@@ -229,10 +246,28 @@ class NativeModel:
                 return int(status)
         return 0
 
-    def _count_bytes(self, looked_up: NativeWeight | None) -> int:
-        """Return the bytes that a decoded token reads: all weights but an embedding that only gives a row."""
-        total = sum(tensor.array.nbytes for tensor in self._tensors.values())
-        return total - (looked_up.values.nbytes if looked_up is not None else 0)
+    def _embedding_rows(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return where the rows of tokens lie in the embedding."""
+        if self._rows is None:
+            return ids  # the native code refuses those that are not there
+        if ((ids < 0) | (ids >= len(self._rows))).any():
+            raise self._unknown_token()
+        return self._rows[ids]
+
+    def _unknown_token(self) -> ConfigError:
+        return ConfigError(f"a token is outside of the vocabulary of {self.architecture.vocabulary}")
+
+    def _read_shortlist(self, head: NativeWeight) -> Shortlist | None:
+        trimmed = self._stored.shortlist if self._stored else None
+        if trimmed is None:
+            return None
+        if trimmed.weight != head.name:
+            raise CheckpointError(
+                f"config.json has a shortlist of {trimmed.weight!r}, the head is {head.name!r}; "
+                "derive or fetch the sub-model again"
+            )
+        tokens = self._tensor(f"{head.name}.{SUFFIX}").array
+        return checked_shortlist(tokens, trimmed.tokens, head.shape[0], head.name)
 
     def _block(self, index: int) -> _Block:
         a = self.architecture
@@ -265,7 +300,8 @@ class NativeModel:
             values = self._tensor(f"{name}.values")
             encoding = stored.encoding
             kind = encoding.values if encoding.bits else self._float_kind(name, values)
-            suffixes = ("bitmask", "row_offsets") if stored is self._pruned else ()
+            masked = stored is self._pruned and name not in self._unmasked
+            suffixes = ("bitmask", "row_offsets") if masked else ()
             parts = {suffix: self._tensor(f"{name}.{suffix}").array for suffix in suffixes}
             if encoding.bits:
                 parts["scales"] = self._tensor(f"{name}.scales").array

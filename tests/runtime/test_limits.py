@@ -1,0 +1,31 @@
+"""What bounds decoding: that the right rows are counted, not how fast anything is."""
+
+import numpy as np
+import pytest
+
+from secateur.runtime import kernels
+from secateur.runtime.kernels import Pool
+from secateur.runtime.limits import product_bytes, read_memory, unpacking_seconds
+from tests.runtime.native_weights import random_weight
+
+if not kernels.available():
+    pytest.skip("the native code is not built", allow_module_level=True)
+
+
+def test_bytes_are_those_of_the_rows_that_are_multiplied():
+    _, weight = random_weight(np.random.default_rng(0), "int8", (64, 128), 64, None)
+    assert weight.nbytes == 64 * 128 + 64 * 2 * 2
+    assert product_bytes([(weight, 64), (weight, 16)]) == weight.nbytes * 5 // 4
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+def test_unpacking_is_timed_for_every_weight_and_in_proportion_to_its_rows(kind, threads):
+    _, weight = random_weight(np.random.default_rng(0), kind, (96, 640), 64, 0.5)
+    once, often = (unpacking_seconds([(weight, rows)], Pool(threads)) for rows in (96, 96 * 50))
+    assert 0 < once < often
+
+
+def test_reading_memory_reads_all_of_it():
+    data = np.arange(4096, dtype=np.uint64)
+    assert read_memory(data) == read_memory(data, Pool(2)) == int(data.sum())
