@@ -81,12 +81,17 @@ def unpack_dense(
     CheckpointError
         When the parts contradict each other or the shape.
     """
+    check_dense(stored, shape, name, encoding)
+    return dequantise(stored, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
+
+
+def check_dense(stored: Quantised, shape: tuple[int, int], name: str, encoding: Encoding) -> None:
+    """Check a dense matrix that is stored as integers; raises `CheckpointError` with what does not fit."""
     codes = stored.codes
     if codes.dtype != torch.uint8 or tuple(codes.shape) != shape:
         raise damaged(name, f"values are {codes.dtype} {list(codes.shape)}, expected {torch.uint8} {list(shape)}")
     check_scales(stored.scales, shape, encoding, name)
     from_bytes(codes.numpy(), np.empty(0), encoding.bits, name)
-    return dequantise(stored, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
 
 
 def unpack_codes(

@@ -115,8 +115,9 @@ def load(path: str | Path, *, threads: int | None = None, device: str = "cpu", e
     device
         Where the weights are put, as torch names it; anything but `cpu` is run by torch.
     engine
-        `native` runs packed weights from the mapped file, for the families that it knows; `torch` unpacks them into a
-        transformers model; `auto` is `native` where it can be.
+        `native` runs packed weights from the mapped file, for the families that it knows; `torch` runs them in a
+        transformers model of any family, with packed modules in the places of its own; `auto` is `native` where it can
+        be.
 
     Raises
     ------
@@ -144,7 +145,8 @@ def load(path: str | Path, *, threads: int | None = None, device: str = "cpu", e
             if engine == "native":
                 raise
             logger.info("%s: %s; torch runs it", folder.name, error)
-            _warn_without_kernels()
+    if device == "cpu" and (engine == "auto" or folder.is_submodel()):
+        _warn_without_kernels()
     return _load_torch(folder, threads, device)
 
 
@@ -156,7 +158,11 @@ def _warn_without_kernels() -> None:
     try:
         load_library()
     except NativeCodeError as error:
-        warnings.warn(f"torch runs the model, unpacked and slowly: {error}", stacklevel=3)
+        warnings.warn(
+            "torch runs the model slowly, and unpacks a layer of a sub-model each time that it is used "
+            f"(`secateur export --format dense` unpacks it for good): {error}",
+            stacklevel=3,
+        )
 
 
 def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> LoadedModel:
@@ -167,11 +173,22 @@ def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> Load
     checked_device(device)
     if threads is not None:
         set_threads(threads)
-    return LoadedModel(folder.path, TransformersBackend(open_model(folder, device=device), load_tokenizer(folder)))
+    model = open_model(folder, device=device, packed=True)
+    return LoadedModel(folder.path, TransformersBackend(model, load_tokenizer(folder)))
 
 
-def open_model(folder: "ModelFolder", *, device: str = "cpu") -> "PreTrainedModel":
+def open_model(folder: "ModelFolder", *, device: str = "cpu", packed: bool = False) -> "PreTrainedModel":
     """Return the transformers model of a folder in its stored precision, every weight accounted for.
+
+    Parameters
+    ----------
+    folder
+        A base model or a sub-model.
+    device
+        Where the weights are put.
+    packed
+        Whether a sub-model stays packed. Unpacked it is an ordinary model; packed its kernels round activations to
+        8 bits where weights are integers, so nothing that is to be exact is measured on it.
 
     Raises
     ------
@@ -183,10 +200,16 @@ def open_model(folder: "ModelFolder", *, device: str = "cpu") -> "PreTrainedMode
     import secateur.checkpoint.hook  # noqa: F401  (registers the checkpoint format)
     from secateur.models.source import first_line
 
+    options: dict[str, Any] = {}
     try:
+        if packed and folder.is_submodel():
+            from secateur.runtime.packed_model import packed_config
+
+            options["config"] = packed_config(folder)
         # Remote code stays off, else transformers asks about it on the terminal.
         model, report = AutoModelForCausalLM.from_pretrained(
             folder.path,
+            **options,
             dtype="auto",
             output_loading_info=True,
             trust_remote_code=False,
