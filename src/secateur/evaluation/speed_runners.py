@@ -67,7 +67,7 @@ class NativeRunner:
 
 
 class TorchRunner:
-    """transformers and torch: in the stored precision, or with linears in int8 (dynamic quantisation)."""
+    """transformers and torch: as stored, a sub-model packed, or with linears in int8 (dynamic quantisation)."""
 
     def __init__(self, path: str, threads: int, *, int8: bool = False) -> None:
         import torch
@@ -76,7 +76,7 @@ class TorchRunner:
         from secateur.runtime.loading import open_model
 
         torch.set_num_threads(threads)
-        model: Any = open_model(resolve_model(path))
+        model: Any = open_model(resolve_model(path), packed=not int8)
         if int8:
             from torch.ao import quantization
 
