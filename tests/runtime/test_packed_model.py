@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -170,6 +173,51 @@ def test_it_is_for_inference_only(made, tmp_path):
     model.requires_grad_(True)
     with pytest.raises(ModelError, match="has no gradient"):
         model(IDS)
+
+
+def test_a_step_of_few_tokens_lends_torchs_threads_to_the_kernels(monkeypatch, made):
+    model, before, seen = packed(made("gemma3")), torch.get_num_threads(), []
+    multiply = kernels.matmul
+
+    def watched(weight, x, pool):
+        seen.append((torch.get_num_threads(), pool.threads))
+        return multiply(weight, x, pool)
+
+    monkeypatch.setattr(kernels, "matmul", watched)
+    try:
+        torch.set_num_threads(2)
+        for ids, torch_threads in ((IDS[:, :2], 1), (IDS, 2)):
+            seen.clear()
+            logits(model, ids)
+            assert set(seen) == {(torch_threads, 2)}
+            assert torch.get_num_threads() == 2
+        with pytest.raises(IndexError):
+            model(torch.tensor([[9999]]))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_idle_threads_sleep_where_nobody_has_said_otherwise(made):
+    code = (
+        "import os, sys, secateur; from secateur.runtime.loading import load;"
+        "load(sys.argv[1], engine='torch'); print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    folder = made("llama")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for path, own, expected in (
+        (folder, {}, "passive"),
+        (folder, {"OMP_WAIT_POLICY": "active"}, "active"),
+        (folder.parent / "llama", {}, "None"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**environment, **own},
+        )
+        assert done.stdout.split()[-1] == expected
 
 
 def test_evaluation_and_transformers_get_an_ordinary_model(made):

@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -166,6 +168,8 @@ def _warn_without_kernels() -> None:
 
 
 def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> LoadedModel:
+    if folder.is_submodel():
+        _let_idle_threads_sleep()
     from secateur.models.device import checked_device, set_threads
     from secateur.models.source import load_tokenizer
     from secateur.runtime.generation import TransformersBackend
@@ -175,6 +179,12 @@ def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> Load
         set_threads(threads)
     model = open_model(folder, device=device, packed=True)
     return LoadedModel(folder.path, TransformersBackend(model, load_tokenizer(folder)))
+
+
+def _let_idle_threads_sleep() -> None:
+    """Ask OpenMP for it, unless torch has loaded it: they would spin on processors that the kernels' threads need."""
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def open_model(folder: "ModelFolder", *, device: str = "cpu", packed: bool = False) -> "PreTrainedModel":

@@ -5,6 +5,7 @@ it, a block of rows at a time, and nothing of that stays. It knows neither files
 """
 
 import functools
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from secateur.runtime import kernels
 # Entries that are unpacked at a time, in some 200 MB: a head may have hundreds of millions.
 BLOCK_ENTRIES = 1 << 24
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Steps of so few tokens are products and little else.
+FEW_TOKENS = 16
 NATIVE_INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -104,7 +107,7 @@ class PackedMatrix(nn.Module):
     def _multiply_natively(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self._native is None:
             self._native = self._make_native()
-        threads = torch.get_num_threads()
+        threads = _lent.threads or torch.get_num_threads()
         product = kernels.matmul(
             self._native, x.detach().float().contiguous().numpy(), _pool(threads) if threads > 1 else None
         )
@@ -198,6 +201,32 @@ def _as_integers(part: Tensor) -> Tensor:
     whole = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
     part = part.view(whole.get(part.dtype, part.dtype))
     return part.clone() if part.data_ptr() % part.element_size() else part
+
+
+class _Lent(threading.local):
+    """How many threads torch has lent to the products of this thread's step; 0 when it keeps them."""
+
+    threads = 0
+
+
+_lent = _Lent()
+
+
+def lend_threads(tokens: int) -> None:
+    """Leave torch one thread for a step of a few tokens, and its others to the products of packed matrices.
+
+    Between two operations torch's threads spin for a while, on the processors that the kernels' threads need by then.
+    """
+    if tokens <= FEW_TOKENS and not _lent.threads:
+        _lent.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+
+def return_threads() -> None:
+    """Undo `lend_threads`, also where it did nothing."""
+    if _lent.threads:
+        torch.set_num_threads(_lent.threads)
+        _lent.threads = 0
 
 
 @functools.lru_cache(maxsize=1)

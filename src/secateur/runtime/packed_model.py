@@ -23,7 +23,7 @@ from secateur.checkpoint.integers import damaged
 from secateur.checkpoint.shards import part_suffixes
 from secateur.errors import CheckpointError
 from secateur.models.source import ModelFolder
-from secateur.runtime.packed_matrix import PackedMatrix
+from secateur.runtime.packed_matrix import PackedMatrix, lend_threads, return_threads
 from secateur.runtime.sparse_linear import PackedEmbedding, SparseLinear
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ class PackedQuantizer(SecateurQuantizer):
                 packed = SparseLinear(matrix, module.bias)
             model.set_submodule(path, packed)
         del self.tensors
+        model.register_forward_pre_hook(_before_step, with_kwargs=True)
+        model.register_forward_hook(_after_step, always_call=True)
         return model.requires_grad_(False)
 
     def _matrix(self, name: str) -> PackedMatrix:
@@ -113,6 +115,17 @@ class PackedQuantizer(SecateurQuantizer):
     def is_serializable(self) -> bool:
         """The folder is already there."""
         return False
+
+
+def _before_step(model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    given = (*arguments[:1], options.get("input_ids"), options.get("inputs_embeds"))
+    tokens = next((one.shape[:2].numel() for one in given if isinstance(one, Tensor)), None)
+    if tokens is not None and model.device.type == "cpu":
+        lend_threads(tokens)
+
+
+def _after_step(*_: object) -> None:
+    return_threads()
 
 
 def _mapped_tensors(files: Collection[str]) -> dict[str, Tensor]:
