@@ -45,12 +45,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3": {"sliding_window": 32, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, "layer_types": _LAYERS},
 }
 
+# Families that only transformers runs, for what is to hold for any architecture.
+OTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "phi3": {},  # q, k and v in one weight, gate and up in another
+    "starcoder2": {"tie_word_embeddings": True, "use_bias": True},
+    "olmo": {},  # norms without weights
+    "gpt_bigcode": {"tie_word_embeddings": True, "n_inner": 160},  # one key and value for all heads, learnt positions
+    "cohere": {"tie_word_embeddings": True},  # parallel blocks
+    "opt": {"tie_word_embeddings": True, "ffn_dim": 160, "word_embed_proj_dim": 64},
+    "gemma": {"tie_word_embeddings": True},
+}
+
 _MODEL_TYPES = {"gemma3": "gemma3_text", "gemma3_text": "gemma3_text"}
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """Return the config of a tiny model of `family`; `changes` override single fields."""
-    own = FAMILIES["gemma3" if family == "gemma3_text" else family]
+    own = {**FAMILIES, **OTHER_FAMILIES}["gemma3" if family == "gemma3_text" else family]
     return AutoConfig.for_model(_MODEL_TYPES.get(family, family), **{**_COMMON, **own, **changes})
 
 

@@ -79,7 +79,7 @@ def unpack_dense(
     CheckpointError
         When the parts contradict each other or the shape.
     """
-    _check(stored, shape, name, encoding)
+    check_dense(stored, shape, name, encoding)
     if rows is not None:
         stored = stored.take_rows(rows)
     values, scales = stored.values, stored.scales
@@ -90,7 +90,8 @@ def unpack_dense(
     return dequantise(quantised, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
 
 
-def _check(stored: DenseWeight, shape: tuple[int, int], name: str, encoding: Encoding) -> None:
+def check_dense(stored: DenseWeight, shape: tuple[int, int], name: str, encoding: Encoding) -> None:
+    """Check types, shapes and scales, not codes; raises `CheckpointError` with what does not fit."""
     values, scales = stored.values, stored.scales
     wanted = [shape[0], stored_width(shape[1], encoding)]
     types = (torch.uint8,) if encoding.bits else VALUE_TYPES

@@ -148,7 +148,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def _wanted(path: Path, names: set[str], stored: Stored) -> dict[str, tuple[str, ...]]:
     """Return the suffixes of each weight of a shard that has parts; raises where they are not those of the config."""
     parts = {name for name in names if name.rpartition(".")[2] in PART_SUFFIXES}
-    wanted = {name: _suffixes(name, stored) for name in sorted({name.rpartition(".")[0] for name in parts})}
+    wanted = {name: part_suffixes(name, stored) for name in sorted({name.rpartition(".")[0] for name in parts})}
     expected = {f"{name}.{suffix}" for name, suffixes in wanted.items() for suffix in suffixes}
     for problem, wrong in (("lacks", expected - names), ("holds what config.json does not tell of,", parts - expected)):
         if wrong:
@@ -156,7 +156,7 @@ def _wanted(path: Path, names: set[str], stored: Stored) -> dict[str, tuple[str,
     return wanted
 
 
-def _suffixes(name: str, stored: Stored) -> tuple[str, ...]:
+def part_suffixes(name: str, stored: Stored) -> tuple[str, ...]:
     """Return the suffixes of the tensors of a weight that is not stored as it is; none for one that is not known."""
     if (whole := stored.whole(name)) is not None:
         trimmed = stored.shortlist is not None and stored.shortlist.weight == name
@@ -172,7 +172,7 @@ def unpack_parts(name: str, parts: Mapping[str, Tensor], stored: Stored, dtype: 
     CheckpointError
         When a part is missing or too many, or the parts are damaged.
     """
-    if parts.keys() != set(_suffixes(name, stored)):
+    if parts.keys() != set(part_suffixes(name, stored)):
         raise damaged(name, f"it has the parts {', '.join(sorted(parts))}")
     if (whole := stored.whole(name)) is not None:
         weight, rows = DenseWeight(parts["values"], parts.get("scales")), None

@@ -82,17 +82,14 @@ class NativeRunner(Runner):
 
 
 class TorchRunner(Runner):
-    """transformers and torch: in the stored precision, or with linears in int8 (dynamic quantisation)."""
+    """transformers and torch: as stored, a sub-model packed, or with linears in int8 (dynamic quantisation)."""
 
     def __init__(self, path: str, threads: int, *, int8: bool = False) -> None:
-        import torch
+        from secateur.runtime.loading import load
 
-        from secateur.models.source import resolve_model
-        from secateur.runtime.loading import open_model
-
-        torch.set_num_threads(threads)
-        model: Any = open_model(resolve_model(path))
+        model: Any = load(path, engine="torch", threads=threads).model
         if int8:
+            import torch
             from torch.ao import quantization
 
             quantize_dynamic: Any = quantization.quantize_dynamic

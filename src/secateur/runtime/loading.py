@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import os
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +33,9 @@ def load(path: str | Path, *, threads: int | None = None, device: str = "cpu", e
     device
         Where the weights are put, as torch names it; anything but `cpu` is run by torch.
     engine
-        `native` runs packed weights from the mapped file, for the families that it knows; `torch` unpacks them into a
-        transformers model; `auto` is `native` where it can be.
+        `native` runs packed weights from the mapped file, for the families that it knows; `torch` runs them in a
+        transformers model of any family, with packed modules in the places of its own; `auto` is `native` where it can
+        be.
 
     Raises
     ------
@@ -60,7 +63,8 @@ def load(path: str | Path, *, threads: int | None = None, device: str = "cpu", e
             if engine == "native":
                 raise
             logger.info("%s: %s; torch runs it", folder.name, error)
-            _warn_without_kernels()
+    if device == "cpu" and (engine == "auto" or folder.is_submodel()):
+        _warn_without_kernels()
     return _load_torch(folder, threads, device)
 
 
@@ -72,11 +76,18 @@ def _warn_without_kernels() -> None:
     try:
         load_library()
     except NativeCodeError as error:
-        warnings.warn(f"torch runs the model, unpacked and slowly: {error}", stacklevel=3)
+        warnings.warn(
+            "torch runs the model slowly, and unpacks a layer of a sub-model each time that it is used "
+            f"(`secateur export --format dense` unpacks it for good): {error}",
+            stacklevel=3,
+        )
 
 
 def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> LoadedModel:
     from secateur.checkpoint.shards import read_shortlist
+
+    if folder.is_submodel():
+        _let_idle_threads_sleep()
     from secateur.models.device import checked_device, set_threads
     from secateur.models.source import load_tokenizer
     from secateur.runtime.generation import TransformersBackend
@@ -85,12 +96,28 @@ def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> Load
     if threads is not None:
         set_threads(threads)
     shortlist = read_shortlist(folder.path) if folder.is_submodel() else None
-    model = open_model(folder, device=device)
+    model = open_model(folder, device=device, packed=True)
     return LoadedModel(folder.path, TransformersBackend(model, load_tokenizer(folder), shortlist))
 
 
-def open_model(folder: "ModelFolder", *, device: str = "cpu") -> "PreTrainedModel":
+def _let_idle_threads_sleep() -> None:
+    """Ask OpenMP for it, unless torch has loaded it: they would spin on processors that the kernels' threads need."""
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def open_model(folder: "ModelFolder", *, device: str = "cpu", packed: bool = False) -> "PreTrainedModel":
     """Return the transformers model of a folder in its stored precision, every weight accounted for.
+
+    Parameters
+    ----------
+    folder
+        A base model or a sub-model.
+    device
+        Where the weights are put.
+    packed
+        Whether a sub-model stays packed. Unpacked it is an ordinary model; packed its kernels round activations to
+        8 bits where weights are integers, so nothing that is to be exact is measured on it.
 
     Raises
     ------
@@ -102,10 +129,16 @@ def open_model(folder: "ModelFolder", *, device: str = "cpu") -> "PreTrainedMode
     import secateur.checkpoint.hook  # noqa: F401  (registers the checkpoint format)
     from secateur.models.source import first_line
 
+    options: dict[str, Any] = {}
     try:
+        if packed and folder.is_submodel():
+            from secateur.runtime.packed_model import packed_config
+
+            options["config"] = packed_config(folder)
         # Remote code stays off, else transformers asks about it on the terminal.
         model, report = AutoModelForCausalLM.from_pretrained(
             folder.path,
+            **options,
             dtype="auto",
             output_loading_info=True,
             trust_remote_code=False,
