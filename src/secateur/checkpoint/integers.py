@@ -71,6 +71,15 @@ def check_scales(scales: Tensor | None, shape: tuple[int, int], encoding: Encodi
         raise damaged(name, "scales hold NaN or infinity")
 
 
+def check_dense(stored: Quantised, shape: tuple[int, int], name: str, encoding: Encoding) -> None:
+    """Raise `CheckpointError` unless a dense matrix of integers has this shape and no part contradicts another."""
+    codes = stored.codes
+    if codes.dtype != torch.uint8 or tuple(codes.shape) != shape:
+        raise damaged(name, f"values are {codes.dtype} {list(codes.shape)}, expected {torch.uint8} {list(shape)}")
+    check_scales(stored.scales, shape, encoding, name)
+    from_bytes(codes.numpy(), np.empty(0), encoding.bits, name)
+
+
 def unpack_dense(
     stored: Quantised, shape: tuple[int, int], name: str, encoding: Encoding, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -81,19 +90,12 @@ def unpack_dense(
     CheckpointError
         When the parts contradict each other or the shape.
     """
-    codes = stored.codes
-    if codes.dtype != torch.uint8 or tuple(codes.shape) != shape:
-        raise damaged(name, f"values are {codes.dtype} {list(codes.shape)}, expected {torch.uint8} {list(shape)}")
-    check_scales(stored.scales, shape, encoding, name)
-    from_bytes(codes.numpy(), np.empty(0), encoding.bits, name)
+    check_dense(stored, shape, name, encoding)
     return dequantise(stored, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
 
 
-def unpack_codes(
-    kept: Array, mask: Array, scales: Tensor, encoding: Encoding, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Return the weight of kept codes: kept uint8 [n], mask bool [out_features, in_features]; +0 where it is False."""
-    codes = np.full(mask.shape, OFFSETS[encoding.bits], dtype=np.uint8)
+def spread_codes(kept: Array, mask: Array, bits: int) -> Tensor:
+    """Return codes uint8 [out_features, in_features]: kept [n] where mask (bool) is True, else the code of 0."""
+    codes = np.full(mask.shape, OFFSETS[bits], dtype=np.uint8)
     codes[mask] = kept
-    quantised = Quantised(torch.from_numpy(codes), scales)
-    return dequantise(quantised, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
+    return torch.from_numpy(codes)
