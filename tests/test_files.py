@@ -8,7 +8,7 @@ import pytest
 
 from secateur import files
 from secateur.errors import OutputError
-from secateur.files import atomic_folder, atomic_write_bytes, available_memory, cache_folder, sha256_file
+from secateur.files import atomic_folder, atomic_write_bytes, available_memory, cache_folder, new_file, sha256_file
 
 
 def test_sha256(tmp_path: Path) -> None:
@@ -54,6 +54,33 @@ def test_an_existing_folder_is_never_replaced(late: bool, tmp_path: Path) -> Non
     with pytest.raises(OutputError, match="exists"), atomic_folder(target):
         target.mkdir()  # empty, which a bare rename would replace
     assert list(tmp_path.iterdir()) == [target] and list(target.iterdir()) == []
+
+
+def test_a_file_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+    with new_file(target) as partial:
+        partial.write_text("x")
+        assert not target.exists()
+    assert target.read_text() == "x" and list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_file_vanishes_on_an_error(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, KeyboardInterrupt, OutputError)) as caught, new_file(tmp_path / "new" / "out"):
+        raise error
+    assert not isinstance(error, OSError) or "No space left" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_existing_file_is_never_replaced(late: bool, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    if not late:
+        target.write_text("mine")
+    with pytest.raises(OutputError, match="exists"), new_file(target) as partial:
+        partial.write_text("ours")
+        target.write_text("mine")
+    assert list(tmp_path.iterdir()) == [target] and target.read_text() == "mine"
 
 
 def test_a_parent_that_is_a_file(tmp_path: Path) -> None:

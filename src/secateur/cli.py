@@ -239,14 +239,21 @@ def benchmark(
 @app.command()
 def export(
     submodel: Annotated[Path, typer.Argument(help="A sub-model folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it must not exist.")],
-    format: Annotated[str, typer.Option(help="dense: an ordinary Hugging Face folder.")] = "dense",  # noqa: A002
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder, or file *.gguf, to write; it must not exist.")
+    ],
+    format: Annotated[  # noqa: A002 - the field's word
+        str, typer.Option(help="dense: an ordinary Hugging Face folder; gguf: a file for llama.cpp and Ollama.")
+    ] = "dense",
+    type: Annotated[  # noqa: A002 - the field's word
+        str | None, typer.Option(help="With gguf: f32, f16, bf16 or q8_0.", show_default="the values of the sub-model")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a sub-model in a format that other programs read."""
     from secateur.checkpoint.export import export as export_submodel
 
-    written = export_submodel(submodel, output=output, format=format)
+    written = export_submodel(submodel, output=output, format=format, type=type)
     console.result({"path": str(written)}, f"written to {written}", as_json=as_json)
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -93,25 +93,63 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     OutputError
         If `target` exists, before the block or by the time it ends, or its parent cannot be written.
     """
-    _refuse_existing(target)
-    try:
-        created = make_parents(target)
+
+    def make() -> Path:
         # The process id says whose it is, mkdtemp makes two uses in one process differ.
         partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-{os.getpid()}-", dir=target.parent))
         partial.chmod(0o777 & ~_umask())
+        return partial
+
+    with _becoming(target, "folder", make, lambda partial: shutil.rmtree(partial, ignore_errors=True)) as partial:
+        yield partial
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield an empty file beside `target` that becomes `target` when the block ends, or vanishes when it raises.
+
+    Unlike `atomic_file` it replaces nothing. Parameter and errors are those of `atomic_folder`; an `OSError` in the
+    block becomes one of them.
+    """
+
+    def make() -> Path:
+        partial = target.with_name(f"{target.name}.partial-{os.getpid()}-{os.urandom(4).hex()}")
+        partial.touch(exist_ok=False)
+        return partial
+
+    with _becoming(target, "file", make, lambda partial: partial.unlink(missing_ok=True)) as partial:
+        try:
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {target} ({error.strerror or error}); free some space or choose another path"
+            ) from error
+
+
+@contextmanager
+def _becoming(target: Path, kind: str, make: Callable[[], Path], remove: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield what `make` makes; rename it to `target` when the block ends, `remove` it when the block raises."""
+    _refuse_existing(target)
+    created: list[Path] = []
+    try:
+        created = make_parents(target)
+        partial = make()
     except OSError as error:
+        remove_empty(created)
         reason = "its parent is no folder" if isinstance(error, FileExistsError) else error.strerror
-        raise OutputError(f"cannot create a folder beside {target} ({reason}); choose another path") from error
+        raise OutputError(f"cannot create a {kind} beside {target} ({reason}); choose another path") from error
     try:
         yield partial
-        # os.rename would replace an empty folder without a word.
+        # os.rename would replace a file, or an empty folder, without a word.
         _refuse_existing(target)
         try:
             partial.rename(target)
         except OSError as error:
             raise OutputError(f"cannot rename {partial} to {target} ({error.strerror})") from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         remove_empty(created)
         raise
 

@@ -524,9 +524,16 @@ bad(
     "lm_head.weight",
 )
 
+GGUF = ["export", "--format", "gguf"]
 bad("export: missing", lambda p: ["export", "gone", "-o", "out"], "'gone'")
 bad("export: base model", lambda p: ["export", p.base, "-o", "out"], "base'", "secateur.json")
 bad("export: unknown format", lambda p: ["export", p.child, "--format", "gguf2", "-o", "out"], "'gguf2'", "dense")
+bad("export: type without gguf", lambda p: ["export", p.child, "--type", "f16", "-o", "out"], "'f16'", "gguf")
+bad("export: no name of a GGUF", lambda p: ["export", p.child, "--format", "gguf", "-o", "out"], "out.gguf")
+bad("export: a folder called .gguf", lambda p: ["export", p.child, "-o", "out.gguf"], "--format gguf")
+bad("export: GGUF below a file", lambda p: [*GGUF, p.child, "-o", p.write("file", "x") / "out.gguf"], "file/out")
+bad("export: GGUF cannot be written", lambda p: [*GGUF, p.child, "-o", "/proc/out.gguf"], "/proc/out")
+bad("export: a split without a name", lambda p: [*GGUF, p.child, "-o", "out.gguf"], "no byte-level BPE with merges")
 bad("export: output exists", lambda p: ["export", p.child, "-o", _empty(p)], "empty", "exists")
 bad("export: output is the sub-model", lambda p: ["export", p.child, "-o", p.child], "child", "exists")
 bad("export: output below a file", lambda p: ["export", p.child, "-o", p.write("file", "x") / "out"], "file/out")

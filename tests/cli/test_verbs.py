@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.cli import main
+from tests.checkpoint.gguf_bases import save_base
 from tests.cli.running import Outcome, run, write_sources
 from tests.tiny import tiny_tokenizer
 
@@ -228,6 +229,16 @@ def test_an_exported_folder_opens_without_secateur(inputs, work, capsys):
         if "proj" in name:
             assert kept.float().mean().item() == pytest.approx(0.5)
     shutil.rmtree(work / "dense")
+
+
+def test_an_exported_gguf_is_a_model_like_any_other(inputs, work, capsys):
+    base = save_base(work / "base", "llama")
+    small = ["--for", inputs / "text", *SMALL]
+    assert run(["derive", base, *small, "-o", "sub"], capsys).code == 0
+    outcome = run(["export", "sub", "--format", "gguf", "--type", "q8_0", "-o", "sub.gguf", "--json"], capsys)
+    assert (outcome.code, outcome.err, json.loads(outcome.out)) == (0, "", {"path": "sub.gguf"})
+    assert (work / "sub.gguf").stat().st_size < (base / "model.safetensors").stat().st_size
+    assert run(["generate", "sub.gguf", "-p", "def f", "--max-new-tokens", "4", "--threads", "1"], capsys).code == 0
 
 
 def test_generate_streams_text_and_speaks_json(inputs, work, capsys):

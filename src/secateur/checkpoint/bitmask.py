@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoint.format import FLOATS, Encoding
-from secateur.checkpoint.integers import check_scales, damaged, from_bytes, row_bytes, to_bytes, unpack_codes
-from secateur.checkpoint.quantise import Quantised
+from secateur.checkpoint.integers import check_scales, damaged, from_bytes, row_bytes, spread_codes, to_bytes
+from secateur.checkpoint.quantise import Quantised, dequantise
 from secateur.models.finite import all_finite
 
 WORD_BITS = 64
@@ -123,16 +123,32 @@ def unpack(
     CheckpointError
         When the parts contradict each other, the shape or the encoding.
     """
+    if encoding.bits:
+        quantised, mask = unpack_integers(packed, shape, name, encoding)
+        weight = dequantise(quantised, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
+        return weight, torch.from_numpy(mask)
     check(packed, shape, name, encoding)
-    mask = np.unpackbits(packed.bitmask.numpy(), axis=1, count=shape[1], bitorder="little").view(np.bool_)
-    if encoding.bits and packed.scales is not None:
-        stored = packed.values.numpy()[: int(packed.row_offsets[-1])]
-        codes = from_bytes(stored, np.count_nonzero(mask, axis=1), encoding.bits, name)
-        return unpack_codes(codes, mask, packed.scales, encoding, dtype), torch.from_numpy(mask)
+    mask = _mask(packed, shape)
     weight = torch.zeros(shape, dtype=packed.values.dtype)
     n_kept = int(packed.row_offsets[-1])
     weight.view(-1)[torch.from_numpy(np.flatnonzero(mask))] = packed.values[:n_kept]
     return weight, torch.from_numpy(mask)
+
+
+def unpack_integers(
+    packed: PackedWeight, shape: tuple[int, int], name: str, encoding: Encoding
+) -> tuple[Quantised, np.ndarray]:
+    """Return the codes of a weight stored as integers, and its mask [out_features, in_features]; see `unpack`."""
+    check(packed, shape, name, encoding)
+    assert packed.scales is not None  # noqa: S101 - `check` has seen to it
+    mask = _mask(packed, shape)
+    stored = packed.values.numpy()[: int(packed.row_offsets[-1])]
+    kept = from_bytes(stored, np.count_nonzero(mask, axis=1), encoding.bits, name)
+    return Quantised(spread_codes(kept, mask, encoding.bits), packed.scales), mask
+
+
+def _mask(packed: PackedWeight, shape: tuple[int, int]) -> np.ndarray:
+    return np.unpackbits(packed.bitmask.numpy(), axis=1, count=shape[1], bitorder="little").view(np.bool_)
 
 
 def check(packed: PackedWeight, shape: tuple[int, int], name: str, encoding: Encoding = FLOATS) -> None:

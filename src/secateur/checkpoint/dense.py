@@ -79,15 +79,23 @@ def unpack_dense(
     CheckpointError
         When the parts contradict each other or the shape.
     """
+    if encoding.bits:
+        quantised = unpack_dense_integers(stored, shape, name, encoding, rows=rows)
+        return dequantise(quantised, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
+    check_dense(stored, shape, name, encoding)
+    return stored.values if rows is None else stored.values[rows]
+
+
+def unpack_dense_integers(
+    stored: DenseWeight, shape: tuple[int, int], name: str, encoding: Encoding, *, rows: Tensor | None = None
+) -> Quantised:
+    """Return the codes and scales of a matrix of integers; takes and raises what `unpack_dense` does."""
     check_dense(stored, shape, name, encoding)
     if rows is not None:
         stored = stored.take_rows(rows)
-    values, scales = stored.values, stored.scales
-    if scales is None:
-        return values
-    codes = from_bytes(values.numpy().reshape(-1), np.full(shape[0], shape[1]), encoding.bits, name)
-    quantised = Quantised(torch.from_numpy(codes).view(shape), scales)
-    return dequantise(quantised, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
+    codes = from_bytes(stored.values.numpy().reshape(-1), np.full(shape[0], shape[1]), encoding.bits, name)
+    assert stored.scales is not None  # noqa: S101 - `check_dense` has seen to it
+    return Quantised(torch.from_numpy(codes).view(shape), stored.scales)
 
 
 def check_dense(stored: DenseWeight, shape: tuple[int, int], name: str, encoding: Encoding) -> None:

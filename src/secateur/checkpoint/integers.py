@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoint.format import Encoding
-from secateur.checkpoint.quantise import OFFSETS, Quantised, dequantise, n_groups
+from secateur.checkpoint.quantise import OFFSETS, n_groups
 from secateur.errors import CheckpointError
 from secateur.models.finite import all_finite
 
@@ -71,11 +71,8 @@ def check_scales(scales: Tensor | None, shape: tuple[int, int], encoding: Encodi
         raise damaged(name, "scales hold NaN or infinity")
 
 
-def unpack_codes(
-    kept: Array, mask: Array, scales: Tensor, encoding: Encoding, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Return the weight of kept codes: kept uint8 [n], mask bool [out_features, in_features]; +0 where it is False."""
-    codes = np.full(mask.shape, OFFSETS[encoding.bits], dtype=np.uint8)
+def spread_codes(kept: Array, mask: Array, bits: int) -> Tensor:
+    """Return codes uint8 [out_features, in_features]: kept [n] where mask (bool) is True, else the code of 0."""
+    codes = np.full(mask.shape, OFFSETS[bits], dtype=np.uint8)
     codes[mask] = kept
-    quantised = Quantised(torch.from_numpy(codes), scales)
-    return dequantise(quantised, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
+    return torch.from_numpy(codes)

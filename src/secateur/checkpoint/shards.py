@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur.checkpoint import bitmask, dense, shortlist
-from secateur.checkpoint.bitmask import PackedWeight, unpack
-from secateur.checkpoint.dense import DenseWeight, pack_dense, stored_width, unpack_dense
+from secateur.checkpoint.bitmask import PackedWeight, unpack, unpack_integers
+from secateur.checkpoint.dense import DenseWeight, pack_dense, stored_width, unpack_dense, unpack_dense_integers
 from secateur.checkpoint.format import Encoding, Stored, check_quantization_config, read_json
 from secateur.checkpoint.integers import damaged
-from secateur.checkpoint.quantise import n_groups, quantise
+from secateur.checkpoint.quantise import Quantised, n_groups, quantise
 from secateur.checkpoint.shortlist import Shortlist, checked_shortlist
 from secateur.errors import CheckpointError
 from secateur.models.safetensors_writer import Lazy, write_safetensors
@@ -89,16 +89,14 @@ def _encoded(weight: Tensor, encoding: Encoding) -> DenseWeight:
 
 
 def read_shard(path: Path, stored: Stored, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Return the tensors of one shard by full name, packed weights unpacked.
+    """Return the tensors of one shard by full name, packed weights unpacked; see `open_shard` and `Shard.floats`."""
+    with open_shard(path, stored) as shard:
+        return {name: shard.floats(name, dtype) for name in shard.tensors}
 
-    Parameters
-    ----------
-    path
-        The file.
-    stored
-        How weights are stored, from `quantization_config`.
-    dtype
-        Precision of the weights that are stored as integers; all others keep their own.
+
+@contextmanager
+def open_shard(path: Path, stored: Stored) -> Iterator["Shard"]:
+    """Yield a shard whose tensors are read one at a time; `stored` is how they are, from `quantization_config`.
 
     Raises
     ------
@@ -106,14 +104,7 @@ def read_shard(path: Path, stored: Stored, dtype: torch.dtype = torch.float32) -
         When the file cannot be read, or a packed weight is incomplete, damaged or not in `stored`.
     """
     with _opened(path) as file:
-        names = set(file.keys())
-        wanted = _wanted(path, names, stored)
-        parts = {f"{name}.{suffix}" for name, suffixes in wanted.items() for suffix in suffixes}
-        tensors = {name: file.get_tensor(name).clone() for name in sorted(names - parts)}
-        for name, suffixes in wanted.items():
-            found = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in suffixes}
-            tensors[name] = unpack_parts(name, found, stored, dtype)
-        return tensors
+        yield Shard(path, file, stored)
 
 
 def read_shortlist(folder: Path) -> Shortlist | None:
@@ -145,6 +136,55 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"shard {str(path)!r} cannot be read ({error}); derive or fetch it again") from None
 
 
+class Shard:
+    """One open shard.
+
+    Attributes
+    ----------
+    tensors
+        Names of the tensors: those that are stored as they are, then the weights that have parts.
+    """
+
+    def __init__(self, path: Path, file: Any, stored: Stored) -> None:
+        self._file, self._stored = file, stored
+        names = set(file.keys())
+        self._parts = _wanted(path, names, stored)
+        parts = {f"{name}.{suffix}" for name, suffixes in self._parts.items() for suffix in suffixes}
+        self.tensors = (*sorted(names - parts), *self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, unpacked."""
+        if name not in self._parts:
+            return tuple(self._file.get_slice(name).get_shape())
+        return {**self._stored.pruned.shapes, **self._stored.dense.shapes}[name]
+
+    def encoding(self, name: str) -> Encoding | None:
+        """Return how a tensor is stored as integers; None if it is not."""
+        return _integers(name, self._stored)
+
+    def float_type(self, name: str) -> str:
+        """Return how safetensors calls the type of a tensor that is not stored as integers, `BF16` for one."""
+        return str(self._file.get_slice(f"{name}.values" if name in self._parts else name).get_dtype())
+
+    def floats(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a tensor, unpacked; `dtype` is for weights that are stored as integers, others keep their own."""
+        if name not in self._parts:
+            tensor: Tensor = self._file.get_tensor(name).clone()
+            return tensor
+        return unpack_parts(name, self._read(name), self._stored, dtype)
+
+    def integers(self, name: str) -> Quantised:
+        """Return a weight for which `encoding` is not None; what was removed has the code of 0."""
+        parts, stored = self._read(name), self._stored
+        if (whole := stored.whole(name)) is not None:
+            weight, rows = _dense_weight(name, parts, stored)
+            return unpack_dense_integers(weight, whole.shapes[name], name, whole.encoding, rows=rows)
+        return unpack_integers(PackedWeight(**parts), stored.pruned.shapes[name], name, stored.pruned.encoding)[0]
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        return {suffix: self._file.get_tensor(f"{name}.{suffix}") for suffix in self._parts[name]}
+
+
 def _wanted(path: Path, names: set[str], stored: Stored) -> dict[str, tuple[str, ...]]:
     """Return the suffixes of each weight of a shard that has parts; raises where they are not those of the config."""
     parts = {name for name in names if name.rpartition(".")[2] in PART_SUFFIXES}
@@ -164,6 +204,12 @@ def part_suffixes(name: str, stored: Stored) -> tuple[str, ...]:
     return bitmask.stored_suffixes(stored.pruned.encoding) if name in stored.pruned.shapes else ()
 
 
+def _integers(name: str, stored: Stored) -> Encoding | None:
+    """Return the encoding of a weight that is stored as integers; None for all others."""
+    found = next((one for one in (stored.dense, stored.pruned) if name in one.shapes), None)
+    return found.encoding if found is not None and found.encoding.bits else None
+
+
 def unpack_parts(name: str, parts: Mapping[str, Tensor], stored: Stored, dtype: torch.dtype) -> Tensor:
     """Return a weight [out_features, in_features] from its parts by suffix, its rows in the order of the base model.
 
@@ -175,10 +221,16 @@ def unpack_parts(name: str, parts: Mapping[str, Tensor], stored: Stored, dtype: 
     if parts.keys() != set(part_suffixes(name, stored)):
         raise damaged(name, f"it has the parts {', '.join(sorted(parts))}")
     if (whole := stored.whole(name)) is not None:
-        weight, rows = DenseWeight(parts["values"], parts.get("scales")), None
-        if stored.shortlist is not None and shortlist.SUFFIX in parts:
-            count, vocabulary = stored.shortlist.tokens, whole.shapes[name][0]
-            tokens = checked_shortlist(parts[shortlist.SUFFIX].numpy(), count, vocabulary, name)
-            rows = torch.from_numpy(tokens.rows())
+        weight, rows = _dense_weight(name, parts, stored)
         return unpack_dense(weight, whole.shapes[name], name, whole.encoding, dtype, rows=rows)
     return unpack(PackedWeight(**parts), stored.pruned.shapes[name], name, stored.pruned.encoding, dtype)[0]
+
+
+def _dense_weight(name: str, parts: Mapping[str, Tensor], stored: Stored) -> tuple[DenseWeight, Tensor | None]:
+    """Return a matrix without a bitmask, and where each of its rows is stored: None for its own place."""
+    weight = DenseWeight(parts["values"], parts.get("scales"))
+    if stored.shortlist is None or shortlist.SUFFIX not in parts:
+        return weight, None
+    count, vocabulary = stored.shortlist.tokens, stored.dense.shapes[name][0]
+    tokens = checked_shortlist(parts[shortlist.SUFFIX].numpy(), count, vocabulary, name)
+    return weight, torch.from_numpy(tokens.rows())

@@ -5,6 +5,7 @@ whole vocabulary several times. What is not understood (a rotary scaling, a mixt
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -245,13 +246,22 @@ def _llama3_scaling(metadata: Metadata, theta: float) -> dict[str, Any]:
     tensor = metadata.file.tensors[ROPE_FACTORS]
     stored = metadata.file.rows(tensor, 0, 1)[0]
     scaling = {"factor": float(stored.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    context = 8192
-    wavelengths = 2 * np.pi * theta ** (np.arange(stored.size) / stored.size)
-    smooth = np.clip((context / wavelengths - 1.0) / (4.0 - 1.0), 0.0, 1.0)
-    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-    if tensor.shape[:-1] or not np.allclose(stored, expected, rtol=1e-3):
+    scaling["original_max_position_embeddings"] = 8192
+    if tensor.shape[:-1] or not np.allclose(stored, llama3_factors(scaling | {"rope_theta": theta}, stored.size), 1e-3):
         raise ModelError(f"{metadata.file.path} has rotary factors ({ROPE_FACTORS}) that are not those of Llama 3")
-    return {"rope_type": "llama3", **scaling, "original_max_position_embeddings": context}
+    return {"rope_type": "llama3", **scaling}
+
+
+def llama3_factors(rope: Mapping[str, float], count: int) -> np.ndarray:
+    """Return the divisors float64 [count] of the rotary frequencies under Llama 3.1's scaling: `rope_freqs.weight`.
+
+    Long waves are divided by `factor`, short ones by 1, those between smoothly.
+    """
+    wavelengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(count) / count)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = np.clip((rope["original_max_position_embeddings"] / wavelengths - low) / (high - low), 0.0, 1.0)
+    factors: np.ndarray = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return factors
 
 
 def _short(value: float) -> float:

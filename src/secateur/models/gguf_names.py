@@ -1,10 +1,10 @@
 """How the tensors of a GGUF are called, shaped and permuted, for each architecture that is understood.
 
 llama.cpp stores the rows of llama's query and key projections in another order (its rotary embedding pairs neighbours,
-that of transformers pairs halves), and Gemma's norms with one added. Both are undone here.
+that of transformers pairs halves), and Gemma's norms with one added. Rows are put into either order here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,11 +75,23 @@ def undo(tensor: torch.Tensor, change: Change, config: dict[str, Any]) -> torch.
 
     In the file, row 2i + j of a head is row j * head_dim / 2 + i of transformers.
     """
+    return _swap(tensor, change, config, lambda half: (half, 2))
+
+
+def redo(tensor: torch.Tensor, change: Change, config: dict[str, Any]) -> torch.Tensor:
+    """Return rows in the order of transformers in that of the file: the inverse of `undo`."""
+    return _swap(tensor, change, config, lambda half: (2, half))
+
+
+def _swap(
+    tensor: torch.Tensor, change: Change, config: dict[str, Any], split: Callable[[int], tuple[int, int]]
+) -> torch.Tensor:
+    """Split the rows of each head in two dimensions and swap these."""
     if change not in ("query_order", "key_order"):
         return tensor
     heads = config["num_attention_heads" if change == "query_order" else "num_key_value_heads"]
     half = tensor.shape[0] // heads // 2
-    return tensor.reshape(heads, half, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return tensor.reshape(heads, *split(half), *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 def _layer(

@@ -5,6 +5,7 @@ a wrong split gives a tokenizer that works and is wrong. The splits are those of
 table says which name means which.
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -30,6 +31,7 @@ GPT2_PRE = ("gpt-2", "default")
 DIGITS_PRE = ("smollm", "starcoder", "refact")
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 QWEN2_PRE = ("qwen2",)
+SPLITS = (GPT2_PRE, DIGITS_PRE, LLAMA3_PRE, QWEN2_PRE)
 
 SPECIAL_ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 SPACE = "\u2581"
@@ -98,23 +100,31 @@ def _byte_level(file: GGUFFile, tokens: list[str], kinds: list[int]) -> Tokenize
     # Llama 3 looks a whole word up before it merges.
     tokenizer = Tokenizer(_bpe(file, vocabulary, pairs, ignore_merges=pre in LLAMA3_PRE))
     tokenizer.decoder = decoders.ByteLevel()
+    known = [*itertools.chain(*SPLITS)]
+    if not isinstance(pre, str) or pre not in known:
+        raise ModelError(
+            f"{file.path} splits text in a way called {pre!r} (tokenizer.ggml.pre); known are {', '.join(known)}; "
+            "give the model as a Hugging Face folder instead"
+        )
+    split = splitter(pre)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = split.normalizer, split.pre_tokenizer
+    return tokenizer
+
+
+def splitter(pre: str) -> Tokenizer:
+    """Return a tokenizer without vocabulary that normalises and splits text in a way of `SPLITS`."""
+    tokenizer = Tokenizer(BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pre in GPT2_PRE:
         tokenizer.pre_tokenizer = byte_level
     elif pre in DIGITS_PRE:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    elif pre in LLAMA3_PRE or pre in QWEN2_PRE:
+    else:
         split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT if pre in LLAMA3_PRE else QWEN2_SPLIT), "isolated")
         mapped = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, mapped])
-        if pre in QWEN2_PRE:
-            tokenizer.normalizer = normalizers.NFC()
-    else:
-        known = ", ".join((*GPT2_PRE, *DIGITS_PRE, *LLAMA3_PRE, *QWEN2_PRE))
-        raise ModelError(
-            f"{file.path} splits text in a way called {pre!r} (tokenizer.ggml.pre); known are {known}; "
-            "give the model as a Hugging Face folder instead"
-        )
+    if pre in QWEN2_PRE:
+        tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
@@ -136,7 +146,7 @@ def _sentencepiece(file: GGUFFile, architecture: str, tokens: list[str]) -> Toke
     bpe = _bpe(
         file,
         vocabulary,
-        _merges(vocabulary, scores),
+        joins(vocabulary, scores),
         byte_fallback=True,
         fuse_unk=True,
         unk_token=None if unknown is None else tokens[unknown],
@@ -169,7 +179,7 @@ def _bpe(file: GGUFFile, vocabulary: dict[str, int], merges: list[tuple[str, str
         raise ModelError(f"{file.path} has a vocabulary that its merges do not fit ({error})") from error
 
 
-def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+def joins(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Return every way to join two tokens to a third, the best third first, as sentencepiece would join them."""
     found = []
     for token, i in vocabulary.items():

@@ -54,7 +54,7 @@ class ModelFolder:
 
     def is_submodel(self) -> bool:
         """Return whether this is a sub-model of ours, by what its config.json says."""
-        quantization = _read_json(self.path / "config.json").get("quantization_config")
+        quantization = read_json(self.path / "config.json").get("quantization_config")
         return isinstance(quantization, dict) and quantization.get("quant_method") == "secateur"
 
 
@@ -146,7 +146,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
 def _checked(folder: ModelFolder) -> ModelFolder:
     """Return `folder` if it is whole and can be loaded without code of its own."""
-    config = _read_json(folder.path / "config.json")
+    config = read_json(folder.path / "config.json")
     _refuse_own_code(folder.path, config)
     if (folder.path / "adapter_config.json").exists():
         raise ModelError(f"{folder.path} is an adapter, not a whole model; merge it into its base and save that")
@@ -180,7 +180,7 @@ def _weight_files(path: Path) -> list[Path]:
                 "code; convert them where you trust them: model.save_pretrained(OUT, safe_serialization=True)"
             )
         raise ModelError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}; it holds no weights that can be read")
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise ModelError(f"{index} has no weight_map that names its shards; fetch it again")
     files = []
@@ -213,7 +213,7 @@ def _check_safetensors(file: Path) -> None:
         raise ModelError(f"{file} has {size:,} bytes where its header says {expected:,}; fetch it again")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a model's folder."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
