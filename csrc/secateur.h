@@ -70,9 +70,9 @@ int sct_matmul(sct_pool *pool, const sct_weight *weight, const float *x, int64_t
 // Reads `bytes` at `data` with plain loads and returns their sum: what memory gives, to compare kernels with.
 uint64_t sct_read_memory(sct_pool *pool, const void *data, size_t bytes);
 
-// Instruction set in use: "reference", "avx2", "avx512", "neon" (with dot products of bytes) or "neon-base". The best
-// that the processor has, unless the environment says SECATEUR_ISA; sct_set_isa returns 0, or -1 for one that is unknown
-// or not to be had here.
+// Instruction set in use: "reference", "avx2", "avx2-vnni" and "neon" (with dot products of bytes), "avx512" or
+// "neon-base". The best that the processor has, unless the environment says SECATEUR_ISA; sct_set_isa returns 0, or -1
+// for one that is unknown or not to be had here.
 const char *sct_isa(void);
 const char *sct_isa_at(int index);  // those that can be had here, the best first; NULL beyond the last
 int sct_set_isa(const char *name);
