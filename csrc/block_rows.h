@@ -127,7 +127,7 @@ void multiply_rows(const sct_weight &w, const Input &in, int64_t row, float *y, 
     }
 }
 
-void rows(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin, int64_t row_end) {
+void block_rows(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin, int64_t row_end) {
     int64_t row = row_begin;
     for (; row + 2 <= row_end; row += 2) multiply_rows<2>(w, in, row, y, y_stride);
     for (; row < row_end; ++row) multiply_rows<1>(w, in, row, y, y_stride);

@@ -9,12 +9,17 @@
 
 namespace sct {
 
+#ifdef SCT_X86
+extern const Kernels kAvx2Vnni;  // avx2_vnni.cpp
+#endif
+
 namespace {
 
 // The best first.
 const Kernels *const kSets[] = {
 #ifdef SCT_X86
     &kAvx512,
+    &kAvx2Vnni,
     &kAvx2,
 #endif
 #ifdef SCT_NEON

@@ -36,7 +36,7 @@ bool available() {
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon", available, quantize, rows};
+const Kernels kNeon = {"neon", available, quantize, block_rows};
 
 }  // namespace sct
 

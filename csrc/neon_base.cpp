@@ -17,7 +17,7 @@ bool available() { return true; }
 }  // namespace
 
 extern const Kernels kNeonBase;
-const Kernels kNeonBase = {"neon-base", available, quantize, rows};
+const Kernels kNeonBase = {"neon-base", available, quantize, block_rows};
 
 }  // namespace sct
 

@@ -74,9 +74,9 @@ uint64_t sct_read_memory(sct_pool *pool, const void *data, size_t bytes);
 // processors, what the kernel can do without memory. Returns 0, or -1 without memory.
 int sct_repeat_product(sct_pool *pool, const sct_weight *weight, int64_t rows, int times);
 
-// Instruction set in use: "reference", "avx2", "avx512", "neon" (with dot products of bytes) or "neon-base". The best
-// that the processor has, unless the environment says SECATEUR_ISA; sct_set_isa returns 0, or -1 for one that is unknown
-// or not to be had here.
+// Instruction set in use: "reference", "avx2", "avx2-vnni" and "neon" (with dot products of bytes), "avx512" or
+// "neon-base". The best that the processor has, unless the environment says SECATEUR_ISA; sct_set_isa returns 0, or -1
+// for one that is unknown or not to be had here.
 const char *sct_isa(void);
 const char *sct_isa_at(int index);  // those that can be had here, the best first; NULL beyond the last
 int sct_set_isa(const char *name);

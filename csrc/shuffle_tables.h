@@ -38,6 +38,47 @@ constexpr ShuffleTables make_shuffle_tables() {
 
 static constexpr ShuffleTables kShuffles = make_shuffle_tables();
 
+// The same for instructions that take both bytes of a mask, or eight floats, at once: 32 bytes for each byte of a mask.
+struct alignas(32) PairOrder {
+    uint8_t first[16];   // where this byte comes first: its order, then 8 times how many it takes
+    uint8_t second[16];  // where it comes second: 8 zeros, then its order; the sum of both is the order of 16 columns
+};
+
+struct PairOrders {
+    PairOrder of[256];
+};
+
+constexpr PairOrders make_pair_orders() {
+    PairOrders orders = {};
+    for (int mask = 0; mask < 256; ++mask) {
+        for (int column = 0; column < 8; ++column) {
+            uint8_t from = kShuffles.bytes[mask][column];
+            orders.of[mask].first[column] = orders.of[mask].second[8 + column] = from;
+            orders.of[mask].first[8 + column] = kShuffles.counts[mask];
+        }
+    }
+    return orders;
+}
+
+static constexpr PairOrders kPairOrders = make_pair_orders();
+
+// Elements of two bytes to the upper halves of 8 lanes of four bytes: what bf16 is in a float.
+struct UpperOrders {
+    alignas(32) uint8_t of[256][32];
+};
+
+constexpr UpperOrders make_upper_orders() {
+    UpperOrders orders = {};
+    for (int mask = 0; mask < 256; ++mask) {
+        for (int i = 0; i < 32; ++i) {
+            orders.of[mask][i] = i % 4 < 2 ? kNone : kShuffles.pairs[mask][i / 4 * 2 + i % 2];
+        }
+    }
+    return orders;
+}
+
+static constexpr UpperOrders kUpperOrders = make_upper_orders();
+
 }  // namespace sct
 
 #endif

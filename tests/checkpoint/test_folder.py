@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import secateur
 from secateur.checkpoint.export import export
 from secateur.checkpoint.format import LOG, MANIFEST, check_quantization_config, read_json
 from secateur.checkpoint.inspect import inspect, read_manifest
 from secateur.checkpoint.shards import read_shard
 from secateur.errors import CheckpointError, ModelError, OutputError, SecateurError, UnknownNameError
 from secateur.files import sha256_file
+from secateur.models.source import resolve_model
+from secateur.runtime.loading import open_model
 from tests.pruning.tiny_derivation import contents, derive_tiny, masks_and_weights
 from tests.tiny import FAMILIES, save_tiny
 
@@ -71,7 +72,7 @@ def test_all_ways_to_open_it_give_the_parents_weights_masked(tmp_path, family, d
     assert {one.dtype for one in wanted.values()} == {dtype}
     opened = AutoModelForCausalLM.from_pretrained(out)
     assert_same_state(opened, wanted)
-    assert_same_state(secateur.load(out, engine="torch").model, wanted)
+    assert_same_state(open_model(resolve_model(out)), wanted)
     assert_same_state(AutoModelForCausalLM.from_pretrained(export(out, output=tmp_path / "dense")), wanted)
     opened.save_pretrained(tmp_path / "again")
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())

@@ -75,6 +75,32 @@ def test_extreme_codes_do_not_saturate(isa, kind):
                 assert np.all(matmul(weight, x) == sign * 127 * value * cols)
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integers_are_multiplied_as_integers(isa, kind, group_size):
+    rng = np.random.default_rng(15)
+    for kept in (0.02, 0.5, 1.0, None):
+        _, parts = parts_of(rng, kind, (9, 448), group_size, kept)
+        parts["scales"][...] = 0x3F80  # 1
+        weight = NativeWeight(**parts)
+        dense = np.stack([unpack_row(weight, row) for row in range(9)])
+        for n in (1, 2, 3, 5, 8, 9):
+            x = rng.integers(-127, 128, (n, 448)).astype(np.float32)
+            x[:, ::64] = 127  # so x is its own code; all sums are below 2 ** 24
+            np.testing.assert_array_equal(matmul(weight, x), x @ dense.T)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_what_is_removed_adds_nothing(isa, kind):
+    rng = np.random.default_rng(16)
+    dense, weight = random_weight(rng, kind, (20, 320), 64 if kind != "bf16" else 0, kept=0.0)
+    empty = ~dense.any(axis=1)
+    assert empty.sum() >= 18
+    for n in (1, 2, 4, 8, 9):
+        x = rng.uniform(0.5, 1, (n, 320)).astype(np.float32)
+        assert not matmul(weight, x)[:, empty].any()
+
+
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 def test_inputs_of_any_size(isa, kind):
     rng = np.random.default_rng(7)

@@ -106,7 +106,7 @@ def available() -> bool:
 
 
 def isa() -> str:
-    """Return the instruction set in use: reference, avx2, avx512 or neon."""
+    """Return the instruction set in use: one of `instruction_sets()`."""
     return str(load_library().sct_isa().decode())
 
 

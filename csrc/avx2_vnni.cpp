@@ -1,0 +1,44 @@
+// AVX2 with the dot product of bytes (AVX-VNNI): Intel since Alder Lake, AMD since Zen 5.
+
+#if defined(__x86_64__)
+
+#include <cpuid.h>
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "shuffle_tables.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,avxvnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avxvnni")
+#endif
+
+#define SCT_VNNI 1
+
+namespace sct {
+namespace {
+
+#include "avx2_body.h"
+
+bool available() {
+    unsigned eax, ebx, ecx, edx;
+    // Nor avxvnni.
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+}
+
+}  // namespace
+
+extern const Kernels kAvx2Vnni;
+const Kernels kAvx2Vnni = {"avx2-vnni", available, quantize, rows};
+
+}  // namespace sct
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
