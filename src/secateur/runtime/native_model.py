@@ -18,6 +18,7 @@ from secateur.runtime.architecture import Architecture, NotNativeError
 from secateur.runtime.kernels import NativeWeight, WeightStruct, load_library
 from secateur.runtime.mapped import MappedFile, MappedTensor
 
+MAX_CAPACITY = 2**32  # that of sct_sequence_create
 FLOATS = {"BF16": "bf16", "F16": "fp16"}
 PROJECTIONS = {
     "query": "self_attn.q_proj",
@@ -86,6 +87,8 @@ class NativeSequence:
     """
 
     def __init__(self, model: "NativeModel", capacity: int) -> None:
+        if not 1 <= capacity <= MAX_CAPACITY:
+            raise ConfigError(f"a sequence with room for {capacity} tokens; it must be 1 to {MAX_CAPACITY}")
         self._library, self._model = _library(), model  # the model has to outlive its sequences
         self.capacity = capacity
         self.handle = self._library.sct_sequence_create(model.handle, capacity)
@@ -97,7 +100,7 @@ class NativeSequence:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        if self._library.sct_sequence_truncate(self.handle, length) != 0:
+        if not 0 <= length <= len(self) or self._library.sct_sequence_truncate(self.handle, length) != 0:
             raise ValueError(f"a sequence of {len(self)} tokens cannot be cut to {length}")
 
     def __del__(self) -> None:
@@ -177,9 +180,18 @@ class NativeModel:
         ------
         ConfigError
             When a token is not of the vocabulary or a sequence has no room; then no sequence has changed.
+        ValueError
+            When the three differ in length, or a sequence was made for another model.
         """
-        ids = np.asarray(tokens, dtype=np.int32)
-        flags = np.asarray(wants, dtype=np.uint8)
+        if not all(0 <= token < self.architecture.vocabulary for token in tokens):  # before 32 bits hide it
+            raise ConfigError(
+                f"a token is outside of the vocabulary of {self.architecture.vocabulary}; the tokenizer may belong to "
+                "another model"
+            )
+        if any(sequence._model is not self for sequence in sequences):
+            raise ValueError("a sequence belongs to the model that it was made for, and this is another")
+        ids = np.ascontiguousarray(tokens, dtype=np.int32)
+        flags = np.array([bool(wanted) for wanted in wants], dtype=np.uint8)
         handles = (ctypes.c_void_p * len(sequences))(*(sequence.handle for sequence in sequences))
         if not len(ids) == len(flags) == len(handles):
             raise ValueError(f"{len(ids)} tokens for {len(handles)} sequences and {len(flags)} wants")
@@ -189,9 +201,7 @@ class NativeModel:
         )
         if status == -1:
             raise MemoryError(f"no memory for a step of {len(ids)} tokens")
-        if status == -2:
-            raise ConfigError(f"a token is outside of the vocabulary of {self.architecture.vocabulary}")
-        if status == -3:
+        if status != 0:
             raise ConfigError(f"a sequence has no room for {len(ids)} more tokens")
         return logits
 
