@@ -1,6 +1,6 @@
 """Runs Python on the native code under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, g++).
 
-    python -m tests.runtime.sanitized [--count 1000]
+    python -m tests.runtime.sanitized [--count 1000] [--isa avx2]
 
 builds the library, makes tiny models of every family and kind of values, and damages each kind `count` times on every
 instruction set of this machine (see corruptions.py). Exits with 0 when each damaged model was refused or ran.
@@ -80,12 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--isa", action="append", help="one of this machine's instruction sets; all of them without it")
     options = parser.parse_args()
     build(BUILD)
     failed = False
     with tempfile.TemporaryDirectory() as name:
         make_models(Path(name), NATIVE)
-        for isa in instruction_sets():
+        for isa in options.isa or instruction_sets():
             for values in VALUES:
                 numbers = ("--count", str(options.count), "--first", str(options.first))
                 done = run_python(
