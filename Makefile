@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 WORKERS ?= 2
 
-.PHONY: help install demo test slow check sanitize neon bench clean
+.PHONY: help install demo test slow check sanitize sanitized corruptions neon bench clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -50,10 +50,11 @@ check: $(STAMP) ## Lint, format, types and the direction of imports.
 # The drivers of the native code, each with a main of its own: built with all of csrc, run, and to exit with 0.
 DRIVERS := $(patsubst tests/native/%.cpp,%,$(wildcard tests/native/*.cpp))
 NATIVE_SOURCES := $(wildcard csrc/*.cpp)
-NATIVE_HEADERS := $(wildcard csrc/*.h)
+NATIVE_HEADERS := $(wildcard csrc/*.h tests/native/*.h)
 NATIVE_FLAGS := -std=c++17 -Wall -Wextra -Wno-psabi -Icsrc -pthread
 SANITIZED := build/sanitized
-SANITIZE := $(NATIVE_FLAGS) -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE := $(NATIVE_FLAGS) -fPIC -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZED_LIBRARY := $(SANITIZED)/package/secateur/runtime/_kernels.so
 ARM := build/arm
 ARM_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
@@ -62,8 +63,19 @@ $(SANITIZED)/%.o: csrc/%.cpp $(NATIVE_HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(SANITIZE) -c $< -o $@
 
-$(SANITIZED)/%: tests/native/%.cpp $(NATIVE_SOURCES:csrc/%.cpp=$(SANITIZED)/%.o)
-	$(CXX) $(SANITIZE) $^ -o $@
+$(SANITIZED)/%: tests/native/%.cpp $(NATIVE_SOURCES:csrc/%.cpp=$(SANITIZED)/%.o) $(NATIVE_HEADERS)
+	$(CXX) $(SANITIZE) $(filter-out %.h,$^) -o $@
+
+# A copy of the package with the library in its place. Nothing that is installed can be told to load another library.
+$(SANITIZED_LIBRARY): $(NATIVE_SOURCES:csrc/%.cpp=$(SANITIZED)/%.o) $(shell find src/secateur -name '*.py')
+	@mkdir -p $(SANITIZED)/package
+	cp -R src/secateur $(SANITIZED)/package/
+	$(CXX) $(SANITIZE) -shared $(filter %.o,$^) -o $@
+
+sanitized: $(SANITIZED_LIBRARY) ## Build the Python package with its native code under sanitizers.
+
+corruptions: $(STAMP) ## Damage small checkpoints 1,000 times for each kind of values, under sanitizers; minutes.
+	$(BIN)/python -m tests.runtime.sanitized
 
 sanitize: $(DRIVERS:%=$(SANITIZED)/%) ## Run the native code on random and damaged input under sanitizers; needs no .venv.
 	@set -e; for driver in $^; do echo $$driver; $$driver; done
@@ -72,13 +84,13 @@ $(ARM)/%.o: csrc/%.cpp $(NATIVE_HEADERS)
 	@mkdir -p $(@D)
 	$(ARM_CXX) $(NATIVE_FLAGS) -O2 -c $< -o $@
 
-$(ARM)/%: tests/native/%.cpp $(NATIVE_SOURCES:csrc/%.cpp=$(ARM)/%.o)
-	$(ARM_CXX) $(NATIVE_FLAGS) -O2 -static $^ -o $@
+$(ARM)/%: tests/native/%.cpp $(NATIVE_SOURCES:csrc/%.cpp=$(ARM)/%.o) $(NATIVE_HEADERS)
+	$(ARM_CXX) $(NATIVE_FLAGS) -O2 -static $(filter-out %.h,$^) -o $@
 
-# One processor with dot products of bytes, one without.
+# One processor with dot products of bytes, one without; a quarter of the rounds.
 neon: $(DRIVERS:%=$(ARM)/%) ## The same without sanitizers for ARM, under emulation (g++-aarch64-linux-gnu, qemu-user).
 	@set -e; for driver in $^; do for cpu in max cortex-a72; do \
-		echo $$driver on $$cpu; $(QEMU) -cpu $$cpu $$driver 40; \
+		echo $$driver on $$cpu; $(QEMU) -cpu $$cpu $$driver 25; \
 	done; done
 
 bench: $(STAMP) ## Measure what a derivation costs, on an idle machine.

@@ -20,8 +20,8 @@ typedef struct {
 
 // The next token after `logits` [vocabulary], which are changed in place. Repetition penalty, temperature, top_k, top_p
 // and min_p apply in this order. `state` is the state of the random numbers (splitmix64) and moves on by one draw, so
-// equal states give equal tokens. Returns -1 when a logit is NaN or infinite, -2 without
-// memory.
+// equal states give equal tokens. Returns -1 when a logit is NaN or infinity, or all of them are minus infinity; -2
+// without memory.
 int32_t sct_sample(float *logits, int64_t vocabulary, const sct_sampling *options, const int32_t *previous,
                    int64_t n_previous, uint64_t *state);
 

@@ -35,6 +35,14 @@ def user_path(text: str) -> Path:
         return Path(text)
 
 
+def is_file(path: Path) -> bool:
+    """Return whether there is such a file; a name that no file system takes is that of none."""
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long, or its folder may not be looked into
+        return False
+
+
 def check_writable(target: Path) -> None:
     """Raise `OutputError` when a folder could not be made at `target`; leaves nothing behind."""
     try:

@@ -18,7 +18,7 @@ from secateur.checkpoint.shards import read_shard
 from secateur.errors import CheckpointError, ModelError, OutputError, SecateurError, UnknownNameError
 from secateur.files import sha256_file
 from secateur.models.source import resolve_model
-from secateur.runtime.loading import open_model
+from secateur.runtime.loading import load, open_model
 from tests.pruning.tiny_derivation import contents, derive_tiny, masks_and_weights
 from tests.tiny import FAMILIES, save_tiny
 
@@ -231,12 +231,12 @@ def test_an_index_may_only_name_files_of_its_folder(copy, tmp_path, name):
     with pytest.raises(SecateurError):
         export(copy, output=tmp_path / "dense")
     with pytest.raises(SecateurError):
-        secateur.load(copy)
+        load(copy)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 def opens(folder):
-    secateur.load(folder)
+    load(folder)
 
 
 def exports(folder):

@@ -14,10 +14,10 @@ def make(target, **variables):
     return done.stdout
 
 
-@pytest.mark.skipif(not shutil.which("make") or not shutil.which("g++"), reason="needs make and g++")
-def test_native_code_under_sanitizers(tmp_path):
-    output = make("sanitize", SANITIZED=tmp_path, CXX="g++")
-    assert "damaged ones refused" in output
+def test_native_code_under_sanitizers(sanitized):
+    output = make("sanitize", SANITIZED=sanitized, CXX="g++")
+    for said in ("damaged ones refused", "reference on 16 models", "sampling on 20000 distributions"):
+        assert said in output
 
 
 @pytest.mark.skipif(
@@ -26,5 +26,6 @@ def test_native_code_under_sanitizers(tmp_path):
 )
 def test_neon_under_emulation(tmp_path):
     output = make("neon", ARM=tmp_path)
-    assert "neon neon-base reference on" in output
-    assert "\nneon-base reference on" in output
+    for said in ("40 weights", "4 models"):
+        assert f"neon neon-base reference on {said}" in output
+        assert f"\nneon-base reference on {said}" in output

@@ -1,7 +1,9 @@
-"""Sub-models whose files were changed at random: the engine refuses them or computes something, and never crashes."""
+"""Models whose files were damaged at random: the engine refuses them or computes something, and never crashes.
+
+The same under sanitizers is in tests/native/test_sanitized.py, and 1,000 times in `make corruptions`.
+"""
 
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -9,79 +11,100 @@ from pathlib import Path
 
 import pytest
 
-from secateur.errors import SecateurError
-from secateur.models.source import resolve_model
-from secateur.runtime.engine import open_native
-from secateur.runtime.options import GenerationOptions
-from tests.runtime.native_models import sub_model
-from tests.tiny import save_tiny
+from secateur.errors import CheckpointError, ModelError, SecateurError
+from secateur.runtime.loading import load
+from secateur.runtime.mapped import MappedFile
+from tests.runtime.damage import dump, read_shard, write_shard
+from tests.runtime.native_models import NATIVE
+from tests.runtime.sanitized import VALUES, make_models
 
-CASES = 250
-
-
-def corrupt(file: Path, draw: random.Random) -> None:
-    """Change a few bytes, mostly of the header and of offsets, or cut the file."""
-    content = bytearray(file.read_bytes())
-    header = 8 + int.from_bytes(content[:8], "little")
-    kind = draw.randrange(6)
-    if kind == 0:
-        del content[draw.randrange(len(content)) :]
-    else:
-        for _ in range(draw.choice((1, 1, 4, 50))):
-            place = draw.randrange(header) if kind < 3 else draw.randrange(len(content))
-            content[place] = draw.choice((0, 255, content[place] ^ 1 << draw.randrange(8), ord("9")))
-    file.write_bytes(content)
+CASES = 100
 
 
-def outcomes(folder: Path, work: Path, seed: int) -> dict[str, int]:
-    """Corrupt one shard at a time; count what happens. Anything but a `SecateurError` passes through."""
-    draw = random.Random(seed)  # noqa: S311 - repeatable, not secret
-    counts = {"refused": 0, "ran": 0}
-    files = sorted(folder.glob("*.safetensors"))
-    for _ in range(CASES):
-        victim = draw.choice(files)
-        target = work / victim.name
-        shutil.copyfile(victim, target)
-        corrupt(target, draw)
-        try:
-            backend = open_native(resolve_model(str(work)), threads=1)
-            list(backend.generate([1, 2, 3], GenerationOptions(max_new_tokens=3, ignore_eos=True)))
-            counts["ran"] += 1
-        except SecateurError:
-            counts["refused"] += 1
-        shutil.copyfile(victim, target)
-    return counts
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    make_models(root, NATIVE)
+    return root
 
 
-RECIPES = {
-    **{values: {"values": values} for values in ("base", "int8", "int4")},
-    "without a bitmask": {"values": "int4", "sparsity": 0.0},
-    "trimmed": {"values": "int8", "trim_vocabulary": True},
-}
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_corrupted_files_are_refused_or_harmless(tmp_path, recipe):
-    text = tmp_path / "text"
-    text.mkdir()
-    for number in range(12):
-        (text / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 12)
-    base = save_tiny(tmp_path / "base", "qwen2")
-    folder = sub_model(base, text, tmp_path / "sub", **{"sparsity": 0.4, **RECIPES[recipe]})
-    shutil.copytree(folder, tmp_path / "work")
-    # In a process of its own: a crash would otherwise take the test with it.
-    code = (
-        "import json, sys; from pathlib import Path; from tests.runtime.test_corruption import outcomes;"
-        "print(json.dumps(outcomes(Path(sys.argv[1]), Path(sys.argv[2]), 1)))"
-    )
+@pytest.mark.parametrize("values", VALUES)
+def test_corrupted_files_are_refused_or_harmless(models, values):
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(tmp_path / "work")],
+        [sys.executable, "-m", "tests.runtime.corruptions", str(models / values), "--count", str(CASES)],
         capture_output=True,
         text=True,
         check=False,
         cwd=Path(__file__).parents[2],
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     counts = json.loads(done.stdout)
     assert counts["refused"] > CASES / 3
-    assert counts["ran"] > CASES / 20
+    assert counts["ran"] > CASES / 10
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    return shutil.copytree(models / "int8" / "qwen2", tmp_path / "model")
+
+
+def refuse(folder, match):
+    with pytest.raises(SecateurError, match=match):
+        load(folder, engine="native").generate("x", 2, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rope_parameters": {"rope_theta": 1e300}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2e-38, "rope_theta": 2e-38}}, "infinite frequencies"),
+        ({"use_sliding_window": True, "sliding_window": 4, "layer_types": 5}, "layer_types 5"),
+        ({"eos_token_id": "<digits>"}, "not JSON"),
+        ({"eos_token_id": "<depth 980>"}, "JSON|eos_token_id"),
+    ],
+    ids=["epsilon", "theta", "factor", "layer types", "digits", "depth"],
+)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_values_of_the_config_that_cannot_be(folder, changes, match):
+    file = folder / "config.json"
+    file.write_text(dump({**json.loads(file.read_text()), **changes}))
+    refuse(folder, match)
+
+
+def test_numbers_that_python_does_not_read(folder):
+    (folder / "generation_config.json").write_text(dump({"eos_token_id": "<digits>"}))
+    refuse(folder, "is not JSON")
+
+
+def test_half_a_surrogate_is_no_token(folder):
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "\ud800"}))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bos_token": None}))
+    assert load(folder, engine="native").backend.codec.begin_id is None
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "é" * 200, "\ud800", "a\x00b"])
+def test_names_that_no_file_can_have(folder, name):
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    file.write_text(json.dumps(index))
+    refuse(folder, "lacks")
+
+
+@pytest.mark.parametrize("end", ["<infinity>", "<4000 digits>", 1.5, -1, True])
+def test_ends_of_tensors_that_are_no_places(folder, end):
+    file = sorted(folder.glob("*.safetensors"))[0]
+    header, data = read_shard(file)
+    next(entry for name, entry in header.items() if name != "__metadata__")["data_offsets"][1] = end
+    write_shard(file, dump(header), data)
+    with pytest.raises(ModelError, match="puts a tensor nowhere"):
+        load(folder, engine="native")
+
+
+def test_a_shape_of_very_many_huge_numbers_is_refused_at_once(tmp_path):
+    entry = {"dtype": "U8", "shape": [10**100] * 50_000, "data_offsets": [0, 0]}
+    write_shard(tmp_path / "x.safetensors", json.dumps({"x": entry}), b"")
+    with pytest.raises(CheckpointError, match="does not fit into it"):
+        MappedFile(tmp_path / "x.safetensors")

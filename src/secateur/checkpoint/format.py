@@ -236,7 +236,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}; name a sub-model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: Python limits the digits of a number
         raise CheckpointError(f"{str(path)!r} is not JSON ({error}); derive or fetch the sub-model again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{str(path)!r} holds no JSON object; derive or fetch the sub-model again")

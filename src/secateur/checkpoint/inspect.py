@@ -11,7 +11,7 @@ from secateur.checkpoint.bitmask import SUFFIXES
 from secateur.checkpoint.card import describe_coverage
 from secateur.checkpoint.format import CARD, MANIFEST, Stored, check_quantization_config, read_json
 from secateur.errors import CheckpointError
-from secateur.files import sha256_file
+from secateur.files import is_file, sha256_file
 
 _BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
 
@@ -185,7 +185,7 @@ def _file_hashes(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
         # The names come from a file that anyone may have written: they must not lead out of the folder.
         if Path(name).name != name or not isinstance(digest, str):
             raise CheckpointError(f"{MANIFEST} names a file {name!r}, which is no plain file name; do not trust it")
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             raise CheckpointError(f"{str(folder)!r} lacks {name!r}; derive or fetch the sub-model again")
     if CARD not in files or "config.json" not in files:
         raise CheckpointError(f"{MANIFEST} of {str(folder)!r} does not name all files; fetch the sub-model again")

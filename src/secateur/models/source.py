@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import ModelError
-from secateur.files import user_path
+from secateur.files import is_file, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,8 +188,8 @@ def _weight_files(path: Path) -> list[Path]:
         # The index comes with the model: it may only name files beside itself.
         if Path(shard).name != shard or shard in (".", "..") or "\\" in shard:
             raise ModelError(f"{index} names {shard!r}, which is not a file beside it")
-        if not (path / shard).is_file():
-            raise ModelError(f"{path} lacks {shard}, which its index names; fetch the model again")
+        if not is_file(path / shard):
+            raise ModelError(f"{path} lacks {shard!r}, which its index names; fetch the model again")
         files.append(path / shard)
     return files
 
@@ -205,9 +205,11 @@ def _check_safetensors(file: Path) -> None:
         raw = stream.read(length)
     try:
         header = json.loads(raw)
-        ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} has a safetensors header that cannot be read; fetch it again") from error
+    if not all(type(end) is int and 0 <= end < 2**63 for end in ends):
+        raise ModelError(f"{file} has a safetensors header that puts a tensor nowhere; fetch it again")
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ModelError(f"{file} has {size:,} bytes where its header says {expected:,}; fetch it again")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from secateur.errors import ModelError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 class NotNativeError(ModelError):
@@ -124,7 +125,10 @@ def _sliding_window(config: Mapping[str, Any]) -> int:
     window = config.get("sliding_window", 4096 if config["model_type"] == "mistral" else None)
     if not window or (config["model_type"] != "mistral" and not config.get("use_sliding_window", False)):
         return 0
-    kinds = {str(kind) for kind in config.get("layer_types") or ()}
+    listed = config.get("layer_types") or []
+    if not isinstance(listed, list):
+        raise ModelError(f"config.json has layer_types {listed!r}, which are no list; fetch the model again")
+    kinds = {str(kind) for kind in listed}
     if kinds == {"full_attention"}:
         return 0
     if config["model_type"] != "mistral" and kinds != {"sliding_attention"}:
@@ -133,6 +137,14 @@ def _sliding_window(config: Mapping[str, Any]) -> int:
 
 
 def _inverse_frequencies(config: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
+    with np.errstate(all="ignore"):
+        frequencies = _scaled_frequencies(config, head_dim)
+    if not np.isfinite(frequencies).all():
+        raise ModelError("config.json has rotary parameters that give infinite frequencies; fetch the model again")
+    return frequencies
+
+
+def _scaled_frequencies(config: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
     # In the order in which transformers looks: rope_scaling first, and from the top level what it does not say.
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
@@ -186,6 +198,7 @@ def _size(config: Mapping[str, Any], key: str) -> int:
 def _number(config: Mapping[str, Any], key: str, default: float | None) -> float:
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    # What is no normal float32 would be 0 or infinity in the engine.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not SMALLEST <= value <= LARGEST:
         raise ModelError(f"config.json has {key} {value!r}, expected a positive number; fetch the model again")
     return float(value)

@@ -93,7 +93,11 @@ class NativeBackend:
         ------
         ModelError
             When the model computes NaN: its weights are damaged.
+        ConfigError
+            When there is no token to start from, or one is not of the vocabulary.
         """
+        if not len(prompt_ids):
+            raise ConfigError("a prompt of no tokens has nothing to go on from; give at least one")
         ends = frozenset() if options.ignore_eos else self.end_ids | end_ids
         sampler = Sampler(options)
         context = self.contexts.take(prompt_ids, len(prompt_ids) + options.max_new_tokens)
@@ -195,7 +199,10 @@ def _read_tokenizer(folder: "ModelFolder", config: dict[str, Any]) -> tuple[Toke
     def token_id(key: str) -> int | None:
         text = settings.get(key) or specials.get(key)
         text = text.get("content") if isinstance(text, dict) else text
-        return tokenizer.token_to_id(text) if isinstance(text, str) else None
+        try:
+            return tokenizer.token_to_id(text) if isinstance(text, str) else None
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and no token is
+            return None
 
     ends: set[int] = set()
     for found in (generation.get("eos_token_id"), config.get("eos_token_id"), token_id("eos_token")):

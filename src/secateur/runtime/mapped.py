@@ -22,6 +22,7 @@ ITEM_TYPES = {
 }  # fmt: skip
 UNREAD_TYPES = ("BOOL", "U32", "U64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "C64")
 MAX_HEADER = 100_000_000
+MAX_DIMENSIONS = 64  # NumPy's limit; the product of a million huge numbers would take hours
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,9 @@ class MappedFile:
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             item = np.dtype(ITEM_TYPES[dtype])
-            whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            whole = len(shape) <= MAX_DIMENSIONS and all(
+                type(number) is int and number >= 0 for number in (*shape, begin, end)
+            )
         except (KeyError, TypeError, ValueError):
             raise self._damaged(f"tensor {name!r} is described in a way that is not understood") from None
         size = item.itemsize

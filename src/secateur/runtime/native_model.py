@@ -20,6 +20,7 @@ from secateur.runtime.cancelling import Cancelled, IsCancelled
 from secateur.runtime.kernels import NativeWeight, WeightStruct, load_library
 from secateur.runtime.mapped import MappedFile, MappedTensor
 
+MAX_CAPACITY = 2**32  # that of sct_sequence_create
 FLOATS = {"BF16": "bf16", "F16": "fp16"}
 PROJECTIONS = {
     "query": "self_attn.q_proj",
@@ -94,6 +95,8 @@ class NativeSequence:
     """
 
     def __init__(self, model: "NativeModel", capacity: int) -> None:
+        if not 1 <= capacity <= MAX_CAPACITY:
+            raise ConfigError(f"a sequence with room for {capacity} tokens; it must be 1 to {MAX_CAPACITY}")
         self._library, self._model = _library(), model  # the model has to outlive its sequences
         self.capacity = capacity
         self.handle = self._library.sct_sequence_create(model.handle, capacity)
@@ -105,7 +108,7 @@ class NativeSequence:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        if self._library.sct_sequence_truncate(self.handle, length) != 0:
+        if not 0 <= length <= len(self) or self._library.sct_sequence_truncate(self.handle, length) != 0:
             raise ValueError(f"a sequence of {len(self)} tokens cannot be cut to {length}")
 
     def copy(self, source: "NativeSequence", length: int) -> None:
@@ -215,9 +218,20 @@ class NativeModel:
         Cancelled
             When `cancelled` says so; then no sequence has changed either. The same holds for an interrupt (Ctrl-C),
             which takes effect between two blocks.
+        ValueError
+            When the three differ in length, or a sequence was made for another model.
         """
-        ids = self._embedding_rows(np.asarray(tokens, dtype=np.int32))
-        flags = np.asarray(wants, dtype=np.uint8)
+        if not all(0 <= token < self.architecture.vocabulary for token in tokens):  # before 32 bits hide it
+            raise ConfigError(
+                f"a token is outside of the vocabulary of {self.architecture.vocabulary}; the tokenizer may belong to "
+                "another model"
+            )
+        if any(sequence._model is not self for sequence in sequences):
+            raise ValueError("a sequence belongs to the model that it was made for, and this is another")
+        ids = np.ascontiguousarray(tokens, dtype=np.int32)
+        if self._rows is not None:
+            ids = self._rows[ids]
+        flags = np.array([bool(wanted) for wanted in wants], dtype=np.uint8)
         handles = (ctypes.c_void_p * len(sequences))(*(sequence.handle for sequence in sequences))
         if not len(ids) == len(flags) == len(handles):
             raise ValueError(f"{len(ids)} tokens for {len(handles)} sequences and {len(flags)} wants")
@@ -226,8 +240,6 @@ class NativeModel:
         status = self._run(arguments, len(ids), cancelled)
         if status == -1:
             raise MemoryError(f"no memory for a step of {len(ids)} tokens")
-        if status == -2:
-            raise self._unknown_token()
         if status == -3:
             raise ConfigError(f"a sequence has no room for {len(ids)} more tokens")
         if status != 0:
@@ -245,17 +257,6 @@ class NativeModel:
             if status := _library().sct_forward_blocks(*arguments, block, block + 1):
                 return int(status)
         return 0
-
-    def _embedding_rows(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Return where the rows of tokens lie in the embedding."""
-        if self._rows is None:
-            return ids  # the native code refuses those that are not there
-        if ((ids < 0) | (ids >= len(self._rows))).any():
-            raise self._unknown_token()
-        return self._rows[ids]
-
-    def _unknown_token(self) -> ConfigError:
-        return ConfigError(f"a token is outside of the vocabulary of {self.architecture.vocabulary}")
 
     def _read_shortlist(self, head: NativeWeight) -> Shortlist | None:
         trimmed = self._stored.shortlist if self._stored else None

@@ -39,9 +39,8 @@ class Sampler:
 
     def __init__(self, options: GenerationOptions) -> None:
         self._penalised = options.repetition_penalty != 1
-        self._options = _Sampling(
-            options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty
-        )
+        top_k = min(options.top_k, 2**31)  # more than any vocabulary: ctypes would cut what has no room
+        self._options = _Sampling(options.temperature, top_k, options.top_p, options.min_p, options.repetition_penalty)
         self._state = ctypes.c_uint64(secrets.randbits(64) if options.seed is None else options.seed)
 
     def choose(self, logits: NDArray[np.float32], known: Sequence[int] = ()) -> int:
@@ -50,9 +49,15 @@ class Sampler:
         Raises
         ------
         ModelError
-            When a logit is NaN.
+            When a logit is NaN or infinity, or all are minus infinity.
+        ValueError
+            When `logits` is no array that the native code reads in place.
         """
-        previous = np.asarray(known if self._penalised else (), dtype=np.int32)
+        if logits.dtype != np.float32 or logits.ndim != 1 or not logits.size or not logits.flags.c_contiguous:
+            raise ValueError(
+                f"logits are {logits.dtype} {list(logits.shape)}, expected float32 [vocabulary], contiguous"
+            )
+        previous = np.ascontiguousarray(known if self._penalised else (), dtype=np.int32)
         token_id: int = _sample()(
             logits.ctypes.data, len(logits), ctypes.byref(self._options), previous.ctypes.data, len(previous),
             ctypes.byref(self._state),
