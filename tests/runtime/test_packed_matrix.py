@@ -178,6 +178,9 @@ def test_copies_stand_alone_and_other_numbers_are_checked():
     first.load_state_dict({**state, "values": state["values"] ^ -(1 << 15)})  # other signs
     assert torch.equal(first.multiply(x), -expected)
     assert torch.equal(copied.multiply(x), expected)
+    copied._apply(torch.clone)
+    copied.values.zero_()  # where the buffers lie now
+    assert not copied.multiply(x).any()
     with pytest.raises(CheckpointError, match="row_offsets do not"):
         first.load_state_dict({**state, "row_offsets": state["row_offsets"] + 1})
 
