@@ -53,7 +53,8 @@ int sct_sequence_copy(sct_sequence *target, const sct_sequence *source, int64_t 
 
 // Appends token i to sequences[i], for i in [0, n), in this order: a prompt is n times the same sequence, a batch n
 // different ones. A token is a row of the embedding. Writes the logits [wanted, rows of the head] of those i with
-// wants[i] != 0, one row after the other. Returns 0; -1 without memory; -2 for a token out of range; -3 for a full sequence. Then no sequence has changed.
+// wants[i] != 0, one row after the other. Returns 0; -1 without memory; -2 for a token out of range; -3 for a full
+// sequence. Then no sequence has changed.
 int sct_forward(sct_model *model, int64_t n, const int32_t *tokens, sct_sequence *const *sequences,
                 const uint8_t *wants, float *logits);
 

@@ -202,11 +202,13 @@ def _derive(base: Base, recipe: Recipe, calibration: CalibrationSet, execution: 
     target = Path(os.path.normpath(execution.output))
     device = checked_device(execution.device)
     _check_calibration(base.model, calibration)
+    finished = execution.resume and os.path.lexists(target)
+    if not finished:
+        check_output(target, resume=execution.resume)
     shortlist = _shortlist(base, calibration, execution) if recipe.trim_vocabulary else None
-    if execution.resume and os.path.lexists(target):
+    if finished:
         check_finished(target, _plan(base, recipe, calibration, shortlist, execution))
         return SubModel(target, read_json(target / MANIFEST), {})
-    check_output(target, resume=execution.resume)
     threads = execution.threads or torch.get_num_threads()
     forecast = forecast_job(base, recipe, calibration.token_ids.size, threads, partial_folder(target))
     if execution.announce is not None:
