@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 WORKERS ?= 2
 
-.PHONY: help install demo test slow check sanitize sanitized corruptions neon bench clean
+.PHONY: help install demo test slow peers check sanitize sanitized corruptions neon bench clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -39,7 +39,11 @@ test: $(STAMP) ## Run all tests but the slow ones.
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 
 slow: $(STAMP) ## Run the tests that need a real model or the network.
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not peers'
+
+peers: $(STAMP) ## Install llama.cpp (minutes), and run the tests of files that are written for it.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'
+	$(BIN)/python -m pytest -m peers
 
 check: $(STAMP) ## Lint, format, types and the direction of imports.
 	$(BIN)/ruff check .

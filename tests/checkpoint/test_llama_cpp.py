@@ -18,7 +18,7 @@ from secateur.models.source import load_tokenizer, resolve_model
 from tests.checkpoint.gguf_bases import save_base, save_sentencepiece
 from tests.pruning.tiny_derivation import derive_tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.peers]
 
 LENGTH = 48
 
