@@ -2,6 +2,9 @@
 
 #if defined(__x86_64__)
 
+// GCC since 11 and clang since 12 know the instructions; with an older compiler the set is missing.
+#if __has_include(<avxvnniintrin.h>)
+
 #include <cpuid.h>
 #include <immintrin.h>
 
@@ -39,6 +42,19 @@ const Kernels kAvx2Vnni = {"avx2-vnni", available, quantize, rows};
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
+#endif
+
+#else
+
+#include "kernels.h"
+
+namespace sct {
+
+extern const Kernels kAvx2Vnni;
+const Kernels kAvx2Vnni = {"avx2-vnni", [] { return false; }, nullptr, nullptr};
+
+}  // namespace sct
+
 #endif
 
 #endif

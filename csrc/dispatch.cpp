@@ -9,10 +9,6 @@
 
 namespace sct {
 
-#ifdef SCT_X86
-extern const Kernels kAvx2Vnni;  // avx2_vnni.cpp
-#endif
-
 namespace {
 
 // The best first.

@@ -97,7 +97,7 @@ const Kernels &active_kernels();
 extern const Kernels kReference;
 #if defined(__x86_64__) || defined(_M_X64)
 #define SCT_X86 1
-extern const Kernels kAvx2, kAvx512;
+extern const Kernels kAvx2, kAvx2Vnni, kAvx512;
 #endif
 #if defined(__aarch64__)
 #define SCT_NEON 1
