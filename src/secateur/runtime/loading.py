@@ -84,10 +84,9 @@ def _warn_without_kernels() -> None:
 
 
 def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> LoadedModel:
-    from secateur.checkpoint.shards import read_shortlist
-
     if folder.is_submodel():
         _let_idle_threads_sleep()
+    from secateur.checkpoint.shards import read_shortlist
     from secateur.models.device import checked_device, set_threads
     from secateur.models.source import load_tokenizer
     from secateur.runtime.generation import TransformersBackend
