@@ -208,7 +208,7 @@ def benchmark(
     submodel: Annotated[str, typer.Argument(help="A sub-model folder, or any base model.")],
     against: Annotated[
         list[str] | None,
-        typer.Option(help="native, torch, torch-int8, llama.cpp, llama.cpp:Q8_0, llama.cpp:FILE.gguf; repeatable."),
+        typer.Option(help="native[:FOLDER], torch, torch-int8, llama.cpp[:Q8_0 or :FILE.gguf]; repeatable."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often every question is put to every model.")] = 3,
     prompt_length: Annotated[list[int] | None, typer.Option(help="Prompts to read.", show_default="128, 512")] = None,

@@ -9,7 +9,7 @@ import torch
 
 from secateur.errors import ConfigError, SecateurError
 from secateur.evaluation.speed import Speed, SpeedReport, benchmark
-from secateur.evaluation.speed_peers import find_peer
+from secateur.evaluation.speed_peers import Peer, find_peer
 from secateur.evaluation.speed_tables import render
 from secateur.evaluation.speed_worker import Worker
 from tests.tiny import save_tiny
@@ -55,7 +55,8 @@ def test_every_question_is_put_to_every_model_in_every_round(submodel):
     assert 0 < native.read_mb < native.disk_mb
     assert len(native.unpacking_ms) == 2
     assert min(native.unpacking_ms) > 0
-    assert (torch_peer.read_mb, torch_peer.unpacking_ms) == (None, ())
+    assert all(bound >= unpacking for bound, unpacking in zip(native.bound_ms, native.unpacking_ms, strict=True))
+    assert (torch_peer.read_mb, torch_peer.unpacking_ms, torch_peer.bound_ms) == (None, (), ())
     assert len(report.bandwidth_gb_per_second) == 2
     assert steps[-1] == (7, 8)
     assert json.loads(json.dumps(report.to_dict()))["threads"] == 1
@@ -78,11 +79,11 @@ def test_table_shows_medians_and_how_many_times_as_fast():
 
 
 def test_limits_are_shown_as_fractions():
-    limited = dataclasses.replace(OURS, read_mb=275.0, unpacking_ms=(30.0, 35.0, 36.0))
+    limited = dataclasses.replace(OURS, read_mb=275.0, unpacking_ms=(30.0, 35.0, 36.0), bound_ms=(41.0, 40.0, 39.0))
     line = render(report_of(limited, PEER)).splitlines()[-1]
     assert line == (
         "sub: decode reads 275 MB a token, 5.5 GB/s, 50% of the bandwidth; "
-        "unpacking alone takes 35.0 ms, 70% of the time of a token"
+        "unpacking alone takes 35.0 ms, 70% of the time of a token; with what binds each weight 40.0 ms, 80%"
     )
 
 
@@ -94,7 +95,7 @@ def test_busy_machine_is_called_busy():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("vllm", "no peer 'vllm': known are native, torch"),
+        ("vllm", "no peer 'vllm': known are native, native:FOLDER, torch"),
         ("torch:x", "no peer 'torch:x'"),
         ("llama.cpp:Q9", "needs the parent as a GGUF"),
         ("llama.cpp", "name one as llama.cpp:FILE.gguf"),
@@ -112,6 +113,7 @@ def test_peers(submodel, tmp_path):
     (submodel / "secateur.json").write_text(json.dumps({"recipe": {"model": str(gguf)}}))
     assert find_peer("llama.cpp", submodel).path == str(gguf)
     assert find_peer("native", submodel).path == str(gguf)
+    assert find_peer("native:other/sub", submodel) == Peer("sub", "native", "other/sub")
     (submodel / "secateur.json").write_text("{}")
     with pytest.raises(ConfigError, match="does not say what it was derived from"):
         find_peer("native", submodel)

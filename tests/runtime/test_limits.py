@@ -5,7 +5,7 @@ import pytest
 
 from secateur.runtime import kernels
 from secateur.runtime.kernels import Pool
-from secateur.runtime.limits import product_bytes, read_memory, unpacking_seconds
+from secateur.runtime.limits import measure_limits, product_bytes, read_memory
 from tests.runtime.native_weights import random_weight
 
 if not kernels.available():
@@ -20,10 +20,14 @@ def test_bytes_are_those_of_the_rows_that_are_multiplied():
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("kind", ["bf16", "int4"])
-def test_unpacking_is_timed_for_every_weight_and_in_proportion_to_its_rows(kind, threads):
+def test_limits_of_every_weight_in_proportion_to_its_rows(kind, threads):
     _, weight = random_weight(np.random.default_rng(0), kind, (96, 640), 64, 0.5)
-    once, often = (unpacking_seconds([(weight, rows)], Pool(threads)) for rows in (96, 96 * 50))
-    assert 0 < once < often
+    once, often = (measure_limits([(weight, rows)], Pool(threads), 1e15) for rows in (96, 96 * 50))
+    assert 0 < once.unpacking < often.unpacking
+    assert once.unpacking == once.both, "memory is no limit"
+    assert once.read == weight.nbytes
+    slow = measure_limits([(weight, 96)], Pool(threads), 1.0)
+    assert slow.both == weight.nbytes, "memory is the limit"
 
 
 def test_reading_memory_reads_all_of_it():

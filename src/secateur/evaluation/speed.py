@@ -47,6 +47,8 @@ class Speed:
         What a decoded token reads, in millions of bytes; None where that is not known.
     unpacking_ms
         For each round what the products of a token take when their weights are cached: with no wait for memory.
+    bound_ms
+        The same if each weight takes what binds it: unpacking, or reading it at the bandwidth of that round.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Speed:
     tokens_per_second: Mapping[str, tuple[float, ...]]
     read_mb: float | None = None
     unpacking_ms: tuple[float, ...] = ()
+    bound_ms: tuple[float, ...] = ()
 
     def median(self, question: str) -> float | None:
         """Return the median over rounds; None where the question was not put."""
@@ -162,7 +165,8 @@ def _take_turns(  # noqa: PLR0917
     for number in range(rounds):
         bandwidth += _bandwidth(threads)
         for worker, own in zip(workers, limits, strict=True):
-            own.append(worker.ask("limits"))
+            if bandwidth:
+                own.append(worker.ask("limits", bytes_per_second=bandwidth[-1] * 1e9))
         for name, question in questions.items():
             progress(name, done, rounds * len(questions))
             done += 1
@@ -189,8 +193,9 @@ def _speed(
         used["resident_mb"],
         used["private_mb"],
         {name: tuple(values) for name, values in figures.items()},
-        limits[0].get("read_mb"),
-        tuple(one["unpacking_ms"] for one in limits if "unpacking_ms" in one),
+        next((one["read_mb"] for one in limits if one), None),
+        tuple(one["unpacking_ms"] for one in limits if one),
+        tuple(one["bound_ms"] for one in limits if one),
     )
 
 

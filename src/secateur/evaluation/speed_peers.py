@@ -26,8 +26,9 @@ def find_peer(spec: str, submodel: Path) -> Peer:
     Parameters
     ----------
     spec
-        `native`, `torch` or `torch-int8`: the parent, dense; `llama.cpp`: the parent's GGUF as it is;
-        `llama.cpp:Q8_0` (or Q4_K_M, Q3_K_M, Q2_K): quantised from it, once, into the cache; `llama.cpp:FILE.gguf`.
+        `native`, `torch` or `torch-int8`: the parent, dense; `native:FOLDER`: another sub-model; `llama.cpp`: the
+        parent's GGUF as it is; `llama.cpp:Q8_0` (or Q4_K_M, Q3_K_M, Q2_K): quantised from it, once, into the cache;
+        `llama.cpp:FILE.gguf`.
 
     Raises
     ------
@@ -37,6 +38,8 @@ def find_peer(spec: str, submodel: Path) -> Peer:
     kind, _, detail = spec.partition(":")
     if kind in {"native", "torch", "torch-int8"} and not detail:
         return Peer(f"parent, {kind}", kind, _parent(submodel))
+    if kind == "native" and detail:
+        return Peer(Path(detail).name, kind, detail)
     if kind == "llama.cpp":
         if detail.endswith(".gguf"):
             return Peer(f"llama.cpp {Path(detail).stem}", kind, detail)
@@ -46,8 +49,8 @@ def find_peer(spec: str, submodel: Path) -> Peer:
         if detail in QUANTISATIONS:
             return Peer(f"llama.cpp {detail}", kind, str(_quantised(gguf, detail)))
     raise ConfigError(
-        f"there is no peer {spec!r}: known are native, torch, torch-int8, llama.cpp, llama.cpp:FILE.gguf and "
-        + ", ".join(f"llama.cpp:{name}" for name in QUANTISATIONS)
+        f"there is no peer {spec!r}: known are native, native:FOLDER, torch, torch-int8, llama.cpp, "
+        "llama.cpp:FILE.gguf and " + ", ".join(f"llama.cpp:{name}" for name in QUANTISATIONS)
     )
 
 

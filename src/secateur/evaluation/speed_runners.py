@@ -24,8 +24,8 @@ class Runner(Protocol):
     def decode(self, prompts: Sequence[Sequence[int]], count: int) -> float:
         """Read the prompts, one for each sequence, then return the seconds that `count` greedy tokens of each take."""
 
-    def limits(self) -> dict[str, float]:
-        """Return what bounds decoding, where that is known."""
+    def limits(self, bytes_per_second: float) -> dict[str, float]:
+        """Return what bounds decoding, where that is known: `read_mb`, `unpacking_ms` and `bound_ms` of a token."""
         return {}
 
 
@@ -65,16 +65,13 @@ class NativeRunner(Runner):
             tokens = [sampler.choose(row) for row in logits]
         return time.perf_counter() - start
 
-    def limits(self) -> dict[str, float]:
-        """Return the MB that a decoded token reads, and the ms that unpacking them takes when they are cached."""
+    def limits(self, bytes_per_second: float) -> dict[str, float]:
+        """See `Runner`."""
         from secateur.runtime.kernels import Pool
-        from secateur.runtime.limits import product_bytes, unpacking_seconds
+        from secateur.runtime.limits import measure_limits
 
-        products = self.model.products
-        return {
-            "read_mb": product_bytes(products) / 1e6,
-            "unpacking_ms": unpacking_seconds(products, Pool(self.model.threads)) * 1e3,
-        }
+        limits = measure_limits(self.model.products, Pool(self.model.threads), bytes_per_second)
+        return {"read_mb": limits.read / 1e6, "unpacking_ms": limits.unpacking * 1e3, "bound_ms": limits.both * 1e3}
 
     def _read(self, sequence: Any, prompt: Sequence[int]) -> Any:
         wants = [False] * (len(prompt) - 1) + [True]

@@ -50,11 +50,12 @@ def _notes(report: SpeedReport) -> list[str]:
 def _limits(model: Speed, bandwidth: float) -> list[str]:
     """Return how far decoding is from what bounds it: the bandwidth, and the kernels without memory."""
     rate = model.median("decode")
-    if rate is None or model.read_mb is None or not model.unpacking_ms:
+    if rate is None or model.read_mb is None or not model.bound_ms:
         return []
     reached = rate * model.read_mb / 1e3
-    unpacking = statistics.median(model.unpacking_ms)
+    unpacking, bound = statistics.median(model.unpacking_ms), statistics.median(model.bound_ms)
     return [
         f"{model.name}: decode reads {model.read_mb:.0f} MB a token, {reached:.1f} GB/s, {reached / bandwidth:.0%} of "
         f"the bandwidth; unpacking alone takes {unpacking:.1f} ms, {unpacking * rate / 1e3:.0%} of the time of a token"
+        f"; with what binds each weight {bound:.1f} ms, {bound * rate / 1e3:.0%}"
     ]

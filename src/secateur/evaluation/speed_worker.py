@@ -111,7 +111,7 @@ def main(kind: str, path: str, threads: int) -> None:
         if asked["question"] == "memory":
             _say(_memory())
         elif asked["question"] == "limits":
-            _say(runner.limits())
+            _say(runner.limits(asked["bytes_per_second"]))
         elif asked["question"] == "prefill":
             _say({"seconds": runner.prefill(_prompt(runner.vocabulary, asked["length"], asked["seed"]))})
         else:

@@ -6,6 +6,7 @@ Measured with the threads that a model runs on, so that a speed can be told as a
 import ctypes
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,27 @@ def product_bytes(products: Products) -> int:
     return round(sum(weight.nbytes * rows / weight.shape[0] for weight, rows in products))
 
 
-def unpacking_seconds(products: Products, pool: Pool) -> float:
-    """Return the seconds that the products of one vector take if no byte comes from memory.
+@dataclass(frozen=True)
+class Limits:
+    """What bounds the products of one decoded token.
+
+    Attributes
+    ----------
+    read
+        Bytes of all rows that are multiplied.
+    unpacking
+        Seconds that they take if no byte comes from memory.
+    both
+        Seconds if each weight takes as long as what binds it: memory, or unpacking.
+    """
+
+    read: int
+    unpacking: float
+    both: float
+
+
+def measure_limits(products: Products, pool: Pool, bytes_per_second: float) -> Limits:
+    """Measure what bounds a token's products.
 
     Among weights of one kind and shape the rows of one that fit into the caches are multiplied again and again, and
     stand for all others.
@@ -52,12 +72,19 @@ def unpacking_seconds(products: Products, pool: Pool) -> float:
     ----------
     products
         Weights, and how many rows of each are multiplied.
+    bytes_per_second
+        What memory gives.
     """
     alike: dict[tuple[object, ...], list[tuple[NativeWeight, int]]] = {}
     for weight, rows in products:
         key = (weight.kind, weight.shape, weight.group_size, weight.bitmask is None)
         alike.setdefault(key, []).append((weight, rows))
-    return sum(_row_seconds(group[0][0], pool) * sum(rows for _, rows in group) for group in alike.values())
+    unpacking = both = 0.0
+    for group in alike.values():
+        seconds = _row_seconds(group[0][0], pool) * sum(rows for _, rows in group)
+        unpacking += seconds
+        both += max(seconds, product_bytes(group) / bytes_per_second)
+    return Limits(product_bytes(products), unpacking, both)
 
 
 def _row_seconds(weight: NativeWeight, pool: Pool) -> float:
