@@ -15,6 +15,7 @@ import faulthandler
 import gc
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -34,7 +35,7 @@ from secateur.runtime.mapped import MappedFile, MappedTensor
 from secateur.runtime.native_model import NativeSequence
 from tests.runtime.damage import damage
 
-SECONDS, BYTES = 20, 2 * 2**30
+SECONDS, NAP, BYTES = 20, 0.002, 2 * 2**30
 RAN, REFUSED, FAILED = 0, 10, 11
 
 
@@ -79,6 +80,18 @@ def outcome(folder: Path) -> int:
     return RAN
 
 
+def wait_for(child: int) -> tuple[int, resource.struct_rusage]:
+    """Return how a process ended and what it used; abort it, which shows where it is, when it takes too long."""
+    # Time is counted in naps of one's own: a machine that is suspended, or busy with others, makes none of them.
+    for _ in range(int(SECONDS / NAP)):
+        done, status, usage = os.wait4(child, os.WNOHANG)
+        if done:
+            return status, usage
+        time.sleep(NAP)
+    os.kill(child, signal.SIGABRT)
+    return os.wait4(child, 0)[1:]
+
+
 def run_case(folder: Path, work: Path, number: int) -> tuple[str, str]:
     """Damage a copy of `folder` and use it in a process of its own; return what happened, and in words why."""
     target, log = work / "model", work / "log"
@@ -90,13 +103,12 @@ def run_case(folder: Path, work: Path, number: int) -> tuple[str, str]:
             with log.open("wb") as stream:
                 os.dup2(stream.fileno(), 1)
                 os.dup2(stream.fileno(), 2)
-            faulthandler.dump_traceback_later(SECONDS, exit=True)
-            signal.alarm(SECONDS + 5)
+            faulthandler.enable()
             code = outcome(target)
             sys.stderr.flush()
         finally:
             os._exit(code)
-    _, status, usage = os.wait4(child, 0)
+    status, usage = wait_for(child)
     code, said = os.waitstatus_to_exitcode(status), log.read_text(errors="replace").strip()
     shutil.rmtree(target)
     if usage.ru_maxrss * 1024 > BYTES:
