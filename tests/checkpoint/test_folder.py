@@ -56,6 +56,15 @@ def assert_same_state(model, wanted):
         assert torch.equal(found[name], tensor), name
 
 
+def assert_same_weights(model, wanted):
+    """As `assert_same_state`, of a model whose pruned weights may be packed: they are unpacked one by one."""
+    for name, tensor in wanted.items():
+        owner, _, leaf = name.rpartition(".")
+        found = getattr(model.get_submodule(owner), leaf)
+        assert found.dtype == tensor.dtype, name
+        assert torch.equal(found, tensor), name
+
+
 @pytest.mark.parametrize(
     ("family", "dtype"), [*((family, torch.bfloat16) for family in FAMILIES), ("llama", torch.float16),
                           ("gemma3", torch.float32)]
@@ -73,6 +82,7 @@ def test_all_ways_to_open_it_give_the_parents_weights_masked(tmp_path, family, d
     opened = AutoModelForCausalLM.from_pretrained(out)
     assert_same_state(opened, wanted)
     assert_same_state(open_model(resolve_model(out)), wanted)
+    assert_same_weights(load(out, engine="torch").model, wanted)
     assert_same_state(AutoModelForCausalLM.from_pretrained(export(out, output=tmp_path / "dense")), wanted)
     opened.save_pretrained(tmp_path / "again")
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
