@@ -29,10 +29,6 @@ const Kernels kAvx2 = {"avx2", available, quantize, rows};
 
 }  // namespace sct
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif

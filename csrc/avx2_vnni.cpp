@@ -38,11 +38,7 @@ const Kernels kAvx2Vnni = {"avx2-vnni", available, quantize, rows};
 
 }  // namespace sct
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #else
 

@@ -139,10 +139,6 @@ const Kernels kAvx512 = {"avx512", available, quantize, rows};
 
 }  // namespace sct
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif

@@ -268,10 +268,6 @@ void avx512_integers(const sct_weight &w, const Input &in, float *y, int64_t y_s
 
 }  // namespace sct
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif

@@ -290,10 +290,6 @@ void avx512_tiles(const sct_weight &w, const Input &in, float *y, int64_t y_stri
 
 }  // namespace sct
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif

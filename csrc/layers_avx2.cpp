@@ -48,10 +48,6 @@ extern const Layers LAYERS_AVX2 = {rms_norm, rotate, silu_multiply, add, store, 
 
 }  // namespace sct
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif

@@ -39,10 +39,6 @@ extern const Layers LAYERS_AVX512 = {rms_norm, rotate, silu_multiply, add, store
 
 }  // namespace sct
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif

@@ -40,10 +40,6 @@ const Kernels kNeon = {"neon", available, quantize, block_rows};
 
 }  // namespace sct
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif
