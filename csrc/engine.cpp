@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "engine_model.h"
+#include "kernels.h"
 
 using sct::AttentionTask;
 using sct::Layers;
@@ -46,7 +47,8 @@ void sct_model::reserve(int64_t rows) {
     gate.reserve(n * middle), up.reserve(n * middle), cosine.reserve(n * half), sine.reserve(n * half);
     size_t bytes = 0;
     for (int64_t cols : {shape.hidden, shape.heads * shape.head_dim, shape.intermediate})
-        bytes = std::max(bytes, sct_input_bytes(cols, rows, SCT_FORM_FLOAT | SCT_FORM_INTEGER));
+        for (int64_t few : {rows, std::min(rows, sct::kDirectLimit)})  // which have parts that many do not have
+            bytes = std::max(bytes, sct_input_bytes(cols, few, SCT_FORM_FLOAT | SCT_FORM_INTEGER));
     input.reserve(bytes);
 }
 

@@ -18,10 +18,12 @@ void sum_part(void *argument, int thread, int threads) {
     size_t begin = region.count * static_cast<size_t>(thread) / static_cast<size_t>(threads);
     size_t end = region.count * static_cast<size_t>(thread + 1) / static_cast<size_t>(threads);
     uint64_t sums[8] = {};
-    for (size_t i = begin; i + 8 <= end; i += 8) {
+    size_t i = begin;
+    for (; i + 8 <= end; i += 8) {
         __builtin_prefetch(region.words + i + 256);
         for (int j = 0; j < 8; ++j) sums[j] += region.words[i + j];
     }
+    for (; i < end; ++i) sums[0] += region.words[i];
     uint64_t sum = 0;
     for (uint64_t part : sums) sum += part;
     __atomic_fetch_add(&region.sum, sum, __ATOMIC_RELAXED);

@@ -105,7 +105,7 @@ extern "C" int32_t sct_sample(float *logits, int64_t vocabulary, const sct_sampl
             damaged |= std::isnan(logits[i]) || logits[i] == INFINITY;
             if (logits[i] > logits[best]) best = i;
         }
-        if (damaged || logits[best] == -INFINITY) return -1;
+        if (damaged || logits[best] == -INFINITY || !std::isfinite(options->temperature)) return -1;
         if (options->temperature <= 0) return static_cast<int32_t>(best);
         const double uniform = next_uniform(state);
         const bool limited = options->top_k > 0 || options->top_p < 1 || options->min_p > 0;

@@ -26,7 +26,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Data = Annotated[Path | None, typer.Option(help="Folder with text that is tried first (also SECATEUR_DATA).")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all that there are.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: the cores that it may use.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
 
 
@@ -302,6 +302,6 @@ def main(arguments: list[str] | None = None) -> Any:
         if isinstance(end, SystemExit) and end.code != 130:
             raise
         sys.stderr.write(
-            "secateur: interrupted; `secateur derive` goes on with its finished blocks when run with --resume\n"
+            "secateur: interrupted; a derivation goes on with its finished blocks when run again with --resume\n"
         )
         sys.exit(130)

@@ -132,6 +132,42 @@ def test_rows_that_blocks_do_not_divide_get_the_precision_of_the_base(tmp_path):
     assert torch.equal(torch.from_numpy(found["blk.0.ffn_down.weight"][1]), wanted)
 
 
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_damaged_weights_are_named_and_not_blamed_on_the_type(submodel, tmp_path, kind, number):
+    copytree(submodel, tmp_path / "sub")
+    path = max((tmp_path / "sub").glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][3, 5] = number
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'model\.embed_tokens\.weight' holds NaN or infinity"):
+        export(tmp_path / "sub", output=tmp_path / "sub.gguf", format="gguf", type=kind)
+    assert not list(tmp_path.glob("sub.gguf*"))
+
+
+@pytest.mark.parametrize(("scale", "message"), [(1e-9, "too small for Q8_0"), (1e6, "too large for Q8_0")])
+def test_scales_that_half_precision_cannot_hold(tmp_path, scale, message):
+    derive_tiny(save_base(tmp_path / "base", "llama"), tmp_path / "sub", values="int8")
+    for path in (tmp_path / "sub").glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors:
+            if name.endswith("mlp.up_proj.weight.scales"):
+                tensors[name].fill_(scale)
+        save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match=message):
+        export(tmp_path / "sub", output=tmp_path / "sub.gguf", format="gguf")
+
+
+def test_floats_beyond_what_q8_0_can_scale(submodel, tmp_path):
+    base = save_base(tmp_path / "base", "llama")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 5] = 1e30
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    derive_tiny(base, tmp_path / "sub", method="magnitude", sparsity=0.2)
+    with pytest.raises(ConfigError, match="too large for Q8_0"):
+        export(tmp_path / "sub", output=tmp_path / "sub.gguf", format="gguf", type="q8_0")
+
+
 def test_the_same_sub_model_gives_the_same_bytes(submodel, tmp_path):
     files = [export(submodel, output=tmp_path / name, format="gguf") for name in ("a.gguf", "b.gguf")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -32,6 +32,22 @@ def test_what_it_would_compute_otherwise_is_refused_by_name(case):
     assert "--format dense" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_position_embeddings", -1), ("vocab_size", 10**12), ("num_key_value_heads", 0), ("rms_norm_eps", -1e-6),
+     ("rope_parameters", ROPE | {"rope_type": "linear", "factor": 0.0})],
+)  # fmt: skip
+def test_numbers_that_no_model_has(key, value):
+    with pytest.raises(ModelError, match=f"config.json has {'factor' if 'rope' in key else key} "):
+        full_config(tiny_config("llama").to_dict() | {key: value})
+
+
+@pytest.mark.parametrize(("window", "length"), [(32, 32), (4096, 256), (None, 256)])
+def test_the_context_ends_where_llama_cpp_would_see_past_the_window(window, length):
+    config = full_config(tiny_config("mistral", sliding_window=window, max_position_embeddings=256).to_dict())
+    assert model_metadata(config, "x")["llama.context_length"] == length
+
+
 def test_a_config_that_transformers_refuses():
     with pytest.raises(ModelError, match="describes no llama that transformers knows"):
         full_config({"model_type": "llama", "hidden_size": "wide"})

@@ -46,9 +46,9 @@ bool run() {
         damaged = damaged || isnan(logit) || logit == INFINITY;
         none = none && logit == -INFINITY;
     }
-    if (damaged || none) return token == -1;
+    if (damaged || none || !isfinite(options.temperature)) return token == -1;
     if (token < 0 || token >= vocabulary) return false;
-    return logits[static_cast<size_t>(token)] > -INFINITY || isinf(options.temperature);
+    return logits[static_cast<size_t>(token)] > -INFINITY;
 }
 
 }  // namespace

@@ -31,5 +31,6 @@ def test_limits_of_every_weight_in_proportion_to_its_rows(kind, threads):
 
 
 def test_reading_memory_reads_all_of_it():
-    data = np.arange(4096, dtype=np.uint64)
-    assert read_memory(data) == read_memory(data, Pool(2)) == int(data.sum())
+    for size in (7, 4096, 4099):
+        data = np.arange(1, size + 1, dtype=np.uint64)
+        assert {read_memory(data), read_memory(data, Pool(2)), read_memory(data, Pool(3))} == {int(data.sum())}

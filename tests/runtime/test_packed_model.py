@@ -3,16 +3,20 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from secateur.checkpoint.export import export
 from secateur.errors import CheckpointError, ModelError
 from secateur.models.source import resolve_model
 from secateur.runtime import kernels, loading, packed_model
@@ -20,6 +24,7 @@ from secateur.runtime.loading import load, open_model
 from secateur.runtime.packed_matrix import PackedMatrix
 from secateur.runtime.sparse_linear import PackedEmbedding, SparseLinear
 from tests.calibration.texts import write_folder
+from tests.pruning.tiny_derivation import derive_tiny
 from tests.runtime.native_models import sub_model
 from tests.tiny import OTHER_FAMILIES, save_tiny
 
@@ -46,7 +51,7 @@ def made(tmp_path_factory):
 
 
 def packed(folder):
-    return load(folder, engine="torch").model
+    return open_model(resolve_model(str(folder)), packed=True)
 
 
 def unpacked(folder):
@@ -282,3 +287,69 @@ def test_missing_and_damaged_parts_are_named(made, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises((CheckpointError, ModelError)):
         packed(target)
+
+
+@pytest.mark.parametrize("kind", ["pruned", "dense"])
+def test_a_weight_that_is_there_twice_is_refused_by_every_reader(made, tmp_path, kind):
+    """Which of the two is used must not depend on who reads."""
+    target = shutil.copytree(made("qwen2"), tmp_path / "twice")
+    name = "model.embed_tokens.weight" if kind == "dense" else "model.layers.1.mlp.up_proj.weight"
+    shard = next(path for path in target.glob("*.safetensors") if f"{name}.values" in load_file(path))
+    tensors = load_file(shard)
+    shape = json.loads((target / "config.json").read_text())["quantization_config"]
+    shape = {**shape["shapes"], **shape.get("dense", {}).get("shapes", {})}[name]
+    save_file({**tensors, name: torch.full(shape, 9.0, dtype=torch.bfloat16)}, shard, {"format": "pt"})
+    for reader in (
+        packed,
+        lambda path: load(path, engine="native"),
+        AutoModelForCausalLM.from_pretrained,
+        lambda path: export(path, output=tmp_path / "dense"),
+        lambda path: export(path, output=tmp_path / "x.gguf", format="gguf"),
+    ):
+        with pytest.raises(CheckpointError, match=f"'{re.escape(name)}' is stored twice"):
+            reader(target)
+
+
+def test_ties_may_be_asked_for_again(made):
+    model = packed(made("qwen2"))
+    before = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
+
+
+def test_a_thread_born_while_another_decodes_has_its_own_threads(made, monkeypatch):
+    """torch gives a new thread the number that was set last, which is 1 in the middle of a step."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        model = packed(made("gemma3"))
+        seen = []
+
+        def other():
+            logits(model)
+            seen.append(torch.get_num_threads())
+
+        def in_the_middle(*_):
+            assert torch.get_num_threads() == 1
+            thread = threading.Thread(target=other)
+            handle.remove()
+            thread.start()
+            thread.join()
+
+        handle = model.model.layers[0].register_forward_pre_hook(in_the_middle)
+        logits(model)
+        assert seen == [2]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("why", ["fp32", "no native code"])
+def test_on_the_cpu_nothing_stays_packed_that_no_kernel_multiplies(tmp_path, monkeypatch, why):
+    base = save_tiny(tmp_path / "base", "gemma3", **({"dtype": torch.float32} if why == "fp32" else {}))
+    derive_tiny(base, tmp_path / "sub")
+    if why != "fp32":
+        monkeypatch.setattr(kernels, "available", lambda: False)
+    model = load(tmp_path / "sub").model
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
+    assert torch.isfinite(logits(model)).all()

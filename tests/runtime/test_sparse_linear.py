@@ -98,3 +98,24 @@ def test_embedding_and_head_share_their_matrix_wherever_they_go():
     moved = pair.to("meta")
     assert moved["embedding"].packed is moved["head"].packed
     assert len(list(moved.buffers())) == 2
+
+
+class Interrupted(nn.Embedding):
+    """Lets something happen in the middle of a look-up, as another thread would."""
+
+    meanwhile = None
+
+    def forward(self, input_ids):
+        happen, Interrupted.meanwhile = Interrupted.meanwhile, None
+        if happen is not None:
+            happen()
+        return super().forward(input_ids)
+
+
+def test_a_look_up_in_the_middle_of_another_changes_neither():
+    packed, weight = dense()
+    found, others = PackedEmbedding(packed, Interrupted(40, 96)), []
+    Interrupted.meanwhile = lambda: others.append(found(torch.tensor([1, 3, 3])))
+    assert torch.equal(found(torch.tensor([39, 0])), weight[[39, 0]].to(torch.bfloat16))
+    assert torch.equal(others[0], weight[[1, 3, 3]].to(torch.bfloat16))
+    assert len(found.lookup.weight) != 2

@@ -4,7 +4,7 @@ Every string and number in these files is untrusted when it is read. Imports no 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -101,6 +101,15 @@ class Stored:
         if name in self.dense.shapes:
             return self.dense
         return self.pruned if name in self.unmasked else None
+
+    def refuse_twice(self, names: Collection[str]) -> None:
+        """Raise `CheckpointError` when tensors of these names hold a weight in parts and as it is.
+
+        Not every reader would take the same one.
+        """
+        for name in (*self.pruned.shapes, *self.dense.shapes):
+            if name in names and f"{name}.values" in names:
+                raise CheckpointError(f"weight {name!r} is stored twice, packed and as it is; derive or fetch it again")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.checkpoint.format import Encoding
 from secateur.checkpoint.quantise import OFFSETS, Quantised
-from secateur.errors import ConfigError
+from secateur.errors import CheckpointError, ConfigError
 from secateur.models.finite import all_finite
 
 BLOCK = 32
@@ -24,6 +24,8 @@ _DTYPES = {
 }
 # Elements that are quantised at once: 16 MB in float32.
 _CHUNK_ELEMENTS = 1 << 22
+# The scale of a block of Q8_0 is a float16, and its codes go up to 127.
+_LARGEST_IN_Q8_0 = 127 * 65504.0
 
 
 def from_floats(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray:
@@ -31,16 +33,22 @@ def from_floats(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.nda
 
     Raises
     ------
+    CheckpointError
+        When the tensor holds NaN or infinity.
     ConfigError
         When an entry is too large for the type.
     """
+    if not all_finite(tensor):
+        raise CheckpointError(f"weight {name!r} holds NaN or infinity; derive or fetch the sub-model again")
     if kind in _DTYPES:
         rounded = tensor.to(_DTYPES[kind]).contiguous()
         if not all_finite(rounded):
-            raise _too_large(name, kind)
+            raise _out_of_range(name, "large", kind)
         # numpy has no bfloat16; the bits are the same.
         array: np.ndarray = (rounded.view(torch.int16) if rounded.dtype == torch.bfloat16 else rounded).numpy()
         return array
+    if max(map(abs, map(float, torch.aminmax(tensor)))) > _LARGEST_IN_Q8_0:
+        raise _out_of_range(name, "large", kind)
     rows = max(1, _CHUNK_ELEMENTS // tensor.shape[1])
     blocks = [quantize(tensor[begin : begin + rows].float().numpy(), kind) for begin in range(0, len(tensor), rows)]
     return np.concatenate(blocks)
@@ -54,13 +62,15 @@ def from_integers(quantised: Quantised, encoding: Encoding, kind: GGMLQuantizati
     Raises
     ------
     ConfigError
-        When a scale is too large for float16.
+        When a scale is too large or too small for float16.
     """
     codes = quantised.codes.numpy()
     n_blocks = codes.shape[1] // BLOCK
     scales = quantised.scales.to(torch.float16)
     if not all_finite(scales):
-        raise _too_large(name, kind)
+        raise _out_of_range(name, "large", kind)
+    if bool(((scales == 0) & (quantised.scales != 0)).any()):
+        raise _out_of_range(name, "small", kind)
     blocks = np.repeat(scales.numpy(), encoding.group_size // BLOCK, axis=1)[:, :n_blocks, None].view(np.uint8)
     codes = codes.reshape(len(codes), n_blocks, BLOCK)
     if kind == GGMLQuantizationType.Q4_0:
@@ -70,5 +80,5 @@ def from_integers(quantised: Quantised, encoding: Encoding, kind: GGMLQuantizati
     return np.concatenate([blocks, codes], axis=2).reshape(len(codes), -1)
 
 
-def _too_large(name: str, kind: GGMLQuantizationType) -> ConfigError:
-    return ConfigError(f"weight {name!r} holds a value that is too large for {kind.name}; export with `--type bf16`")
+def _out_of_range(name: str, size: str, kind: GGMLQuantizationType) -> ConfigError:
+    return ConfigError(f"weight {name!r} holds a value that is too {size} for {kind.name}; export with `--type bf16`")

@@ -6,6 +6,7 @@ writes a plain checkpoint.
 
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -72,6 +73,13 @@ class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_load_operations(self) -> dict[str, Any]:
         """Name the operation that turns stored tensors into parameters."""
         return {"dequantize": UnpackBitmask}
+
+    def _process_model_before_weight_loading(self, model: Any, *, checkpoint_files: list[str], **_: Any) -> None:
+        names: set[str] = set()
+        for path in checkpoint_files:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        self.quantization_config.stored.refuse_twice(names)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # Saving the model again must not try to pack it: what is loaded is dense.

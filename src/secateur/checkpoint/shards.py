@@ -190,6 +190,7 @@ def _wanted(path: Path, names: set[str], stored: Stored) -> dict[str, tuple[str,
     parts = {name for name in names if name.rpartition(".")[2] in PART_SUFFIXES}
     wanted = {name: part_suffixes(name, stored) for name in sorted({name.rpartition(".")[0] for name in parts})}
     expected = {f"{name}.{suffix}" for name, suffixes in wanted.items() for suffix in suffixes}
+    stored.refuse_twice(names)
     for problem, wrong in (("lacks", expected - names), ("holds what config.json does not tell of,", parts - expected)):
         if wrong:
             raise CheckpointError(f"shard {str(path)!r} {problem} {min(wrong)!r}; derive or fetch the sub-model again")

@@ -133,7 +133,7 @@ def benchmark(
         raise ConfigError("rounds, prompt lengths, new tokens and batch have to be at least 1")
     count = threads or usable_threads()
     path = Path(submodel)
-    peers = [_subject(str(submodel)), *(find_peer(spec, path) for spec in against)]
+    peers = [Peer(path.name, "auto", str(submodel)), *(find_peer(spec, path) for spec in against)]
     questions = _questions(prompt_lengths, new_tokens, batch)
     with ExitStack() as stack:
         workers: list[Worker] = []
@@ -187,7 +187,7 @@ def _speed(
     used = worker.ask("memory")
     return Speed(
         peer.name,
-        peer.kind,
+        worker.loaded["kind"],
         _disk_mb(peer.path),
         worker.loaded["load_seconds"],
         used["resident_mb"],
@@ -197,13 +197,6 @@ def _speed(
         tuple(one["unpacking_ms"] for one in limits if one),
         tuple(one["bound_ms"] for one in limits if one),
     )
-
-
-def _subject(name: str) -> Peer:
-    """Return how the model itself is run: natively where that is possible."""
-    from secateur.runtime.loading import load
-
-    return Peer(Path(name).name, load(name).backend.name, name)
 
 
 def _questions(prompt_lengths: Sequence[int], new_tokens: int, batch: int) -> dict[str, dict[str, Any]]:

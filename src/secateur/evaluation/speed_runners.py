@@ -11,11 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from secateur.errors import ConfigError, SecateurError
+from secateur.runtime.architecture import NotNativeError
 
 
 class Runner(Protocol):
-    """A loaded model."""
+    """A loaded model; `kind` is what runs it."""
 
+    kind: str
     vocabulary: int
 
     def prefill(self, prompt: Sequence[int]) -> float:
@@ -31,6 +33,8 @@ class Runner(Protocol):
 
 class NativeRunner(Runner):
     """The native engine."""
+
+    kind = "native"
 
     def __init__(self, path: str, threads: int) -> None:
         from secateur.models.source import resolve_model
@@ -91,6 +95,7 @@ class TorchRunner(Runner):
 
             quantize_dynamic: Any = quantization.quantize_dynamic
             model = quantize_dynamic(model.float(), {torch.nn.Linear}, dtype=torch.qint8)
+        self.kind = "torch-int8" if int8 else "torch"
         self.model = model
         self.vocabulary = int(model.config.vocab_size)
 
@@ -118,6 +123,8 @@ class TorchRunner(Runner):
 
 class LlamaCppRunner(Runner):
     """llama.cpp through llama-cpp-python, an extra; `path` is a GGUF file."""
+
+    kind = "llama.cpp"
 
     def __init__(self, path: str, threads: int) -> None:
         try:
@@ -157,7 +164,15 @@ class LlamaCppRunner(Runner):
         return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
 
 
+def _run_natively_or_not(path: str, threads: int) -> Runner:
+    try:
+        return NativeRunner(path, threads)
+    except NotNativeError:
+        return TorchRunner(path, threads)
+
+
 RUNNERS: dict[str, Callable[[str, int], Runner]] = {
+    "auto": _run_natively_or_not,
     "native": NativeRunner,
     "torch": TorchRunner,
     "torch-int8": lambda path, threads: TorchRunner(path, threads, int8=True),

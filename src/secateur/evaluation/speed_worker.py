@@ -105,7 +105,7 @@ def main(kind: str, path: str, threads: int) -> None:
     except SecateurError as error:
         _say({"error": str(error)})
         return
-    _say({"load_seconds": time.time() - started, **_memory()})
+    _say({"kind": runner.kind, "load_seconds": time.time() - started, **_memory()})
     for line in sys.stdin:
         asked: Mapping[str, Any] = json.loads(line)
         if asked["question"] == "memory":

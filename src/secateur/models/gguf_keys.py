@@ -26,6 +26,11 @@ _ROPE_KEYS: dict[str, dict[str, tuple[object, ...]]] = {
              "mscale_all_dim": (None,), "truncate": (True, None)},
 }  # fmt: skip
 
+_SIZES = (
+    "max_position_embeddings", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "vocab_size",
+)  # fmt: skip
+
 
 def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a config.json of one of `WRITTEN` with every default filled in, as transformers reads it.
@@ -47,6 +52,7 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ModelError(
             f"config.json describes no {kind} that transformers knows ({error}); fetch it again"
         ) from error
+    _check_sizes(full)
     full["head_dim"] = full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"]
     _refuse(full)
     return full
@@ -57,7 +63,7 @@ def model_metadata(config: Mapping[str, Any], name: str) -> dict[str, Value]:
     architecture = WRITTEN[config["model_type"]]
     rope = config["rope_parameters"]
     keys: dict[str, Value] = {
-        "context_length": config["max_position_embeddings"],
+        "context_length": _context_length(config),
         "embedding_length": config["hidden_size"],
         "block_count": config["num_hidden_layers"],
         "feed_forward_length": config["intermediate_size"],
@@ -76,10 +82,17 @@ def model_metadata(config: Mapping[str, Any], name: str) -> dict[str, Value]:
         original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
         keys["rope.scaling.original_context_length"] = original
     if config["model_type"] == "mistral" and config.get("sliding_window"):
-        keys["attention.sliding_window"] = config["sliding_window"]
+        keys["attention.sliding_window"] = config["sliding_window"]  # llama.cpp knows none here, but our reader does
     return {"general.type": "model", "general.name": name} | {
         f"{architecture}.{key}": value for key, value in keys.items()
     }
+
+
+def _context_length(config: Mapping[str, Any]) -> int:
+    """Return how far llama.cpp computes as transformers does: it would let tokens of a Mistral see past the window."""
+    window = config.get("sliding_window") if config["model_type"] == "mistral" else None
+    longest: int = config["max_position_embeddings"]
+    return longest if window is None else min(longest, window)
 
 
 def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
@@ -88,6 +101,19 @@ def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
     if rope["rope_type"] != "llama3":
         return None
     return llama3_factors(rope, config["head_dim"] // 2).astype(np.float32)
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Raise `ModelError` for numbers that no model has, which a GGUF could not hold or llama.cpp would stumble over."""
+    optional = [key for key in ("head_dim", "sliding_window") if config.get(key) is not None]
+    rope = config.get("rope_parameters") or {}
+    scaling = {key: rope[key] for key in ("rope_theta", "factor") if rope.get(key) is not None}
+    for key in (*_SIZES, *optional):
+        if type(config.get(key)) is not int or not 0 < config[key] < 2**31:
+            raise ModelError(f"config.json has {key} {config.get(key)!r}, expected a positive number; fetch it again")
+    for key, value in {"rms_norm_eps": config.get("rms_norm_eps"), **scaling}.items():
+        if not isinstance(value, int | float) or not 0 < value < float(np.finfo(np.float32).max):
+            raise ModelError(f"config.json has {key} {value!r}, expected a positive number; fetch it again")
 
 
 def _refuse(config: Mapping[str, Any]) -> None:

@@ -17,6 +17,9 @@ from secateur.runtime.native_model import CHUNK, NativeModel, NativeSequence
 
 MIN_CAPACITY = 2048  # tokens: address space, not memory, until they come
 CAPACITY_STEP = 1024
+# More tokens than the kernels for a few take, which add up in another order: so a prompt that is read again, from its
+# known beginning on, has the logits that it had, to the bit.
+READ_ANEW = 16
 
 
 @dataclass(eq=False)
@@ -27,8 +30,8 @@ class Context:
     tokens: list[int] = field(default_factory=list)
 
     def common_prefix(self, prompt: Sequence[int]) -> int:
-        """Return how many tokens of a prompt need not be computed; the last one always is, for its logits."""
-        limit = min(len(self.tokens), len(prompt) - 1)
+        """Return how many tokens of a prompt need not be computed; the last ones always are."""
+        limit = max(0, min(len(self.tokens), len(prompt) - READ_ANEW))
         return next((i for i in range(limit) if self.tokens[i] != prompt[i]), limit)
 
     def copy(self, source: "Context", length: int) -> None:
@@ -109,8 +112,9 @@ class Contexts:
     ) -> NDArray[np.float32]:
         """Do what `step` does, for any number of tokens: those that were done when it is cancelled stay."""
         found = []
-        for start in range(0, len(tokens), CHUNK):
-            part = slice(start, start + CHUNK)
+        parts = -(-len(tokens) // CHUNK)
+        for index in range(parts):  # of nearly the same size, so that none is left with a few tokens
+            part = slice(len(tokens) * index // parts, len(tokens) * (index + 1) // parts)
             found.append(self.step(tokens[part], contexts[part], wants[part], cancelled))
         return np.concatenate(found)
 

@@ -77,8 +77,7 @@ def _warn_without_kernels() -> None:
         load_library()
     except NativeCodeError as error:
         warnings.warn(
-            "torch runs the model slowly, and unpacks a layer of a sub-model each time that it is used "
-            f"(`secateur export --format dense` unpacks it for good): {error}",
+            f"torch runs the model slowly, and a sub-model unpacked, in the memory of its parent: {error}",
             stacklevel=3,
         )
 
@@ -95,8 +94,22 @@ def _load_torch(folder: "ModelFolder", threads: int | None, device: str) -> Load
     if threads is not None:
         set_threads(threads)
     shortlist = read_shortlist(folder.path) if folder.is_submodel() else None
-    model = open_model(folder, device=device, packed=True)
+    model = open_model(folder, device=device, packed=_stays_packed(folder, device))
     return LoadedModel(folder.path, TransformersBackend(model, load_tokenizer(folder), shortlist))
+
+
+def _stays_packed(folder: "ModelFolder", device: str) -> bool:
+    """Return whether something multiplies with packed weights, or at least the memory of the device is dear.
+
+    On the CPU unpacking a layer each time that it is used takes 20 times as long as the product.
+    """
+    from secateur.checkpoint.format import check_quantization_config, read_json
+    from secateur.runtime.kernels import available
+
+    if not folder.is_submodel():
+        return False
+    stored = check_quantization_config(read_json(folder.path / "config.json").get("quantization_config"))
+    return device != "cpu" or (available() and stored.pruned.encoding.values != "fp32")
 
 
 def _let_idle_threads_sleep() -> None:

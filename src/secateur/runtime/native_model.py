@@ -152,6 +152,8 @@ class NativeModel:
     def __init__(self, architecture: Architecture, files: Sequence[Path], stored: Stored | None, threads: int) -> None:
         self.architecture, self.threads = architecture, threads
         self._tensors = {name: tensor for file in files for name, tensor in MappedFile(file).tensors.items()}
+        if stored:
+            stored.refuse_twice(self._tensors)
         self._stored = stored
         self._pruned = stored.pruned if stored else StoredWeights(Encoding("none"))
         self._dense = stored.dense if stored else StoredWeights(Encoding("none"))

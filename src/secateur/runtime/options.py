@@ -4,12 +4,17 @@ Only what is asked for here changes the model's distribution: penalties and temp
 carries are not applied; of that file only the end-of-sequence tokens count.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from secateur.errors import ConfigError
+
+# What lies beyond has no use, and float32, in which tokens are chosen, would make zeros and infinities of it.
+LOWEST_TEMPERATURE = 1e-4
+LOWEST_TOP_P = 1e-6
+PENALTIES = (1e-3, 1e3)
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -21,18 +26,19 @@ class GenerationOptions:
     max_new_tokens
         Upper bound on the tokens generated, at least 1.
     temperature
-        0 takes the most likely token; otherwise logits are divided by it before a token is drawn.
+        0 takes the most likely token; otherwise logits are divided by it before a token is drawn, and it is at least
+        1e-4: with less nothing but the most likely token is drawn, and logits overflow.
     top_k
         Draw among the `top_k` most likely tokens; 0 means all.
     top_p
-        Draw among the fewest most likely tokens whose probabilities sum to `top_p`, 0 < top_p <= 1 (Holtzman et al.
-        2020). Applied after temperature and `top_k`.
+        Draw among the fewest most likely tokens whose probabilities sum to `top_p`, 1e-6 <= top_p <= 1 (Holtzman et
+        al. 2020). Applied after temperature and `top_k`.
     min_p
         Draw only among tokens that are at least `min_p` times as likely as the likeliest, 0 <= min_p < 1 (Nguyen et al.
         2024). Applied last.
     repetition_penalty
         Divides the logits above 0 of tokens that occur in prompt or answer, and multiplies those below 0 (Keskar et al.
-        2019); 1 means no penalty. Applied first.
+        2019); 1 means no penalty, and 0.001 to 1,000 are possible. Applied first.
     seed
         Makes draws repeatable on one machine; None draws differently each time.
     stop
@@ -56,16 +62,21 @@ class GenerationOptions:
             object.__setattr__(self, "stop", (self.stop,))
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (most likely token) or more")
+        if not (self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature <= _LARGEST):
+            raise ConfigError(
+                f"temperature is {self.temperature}; it must be 0 (most likely token) or at least {LOWEST_TEMPERATURE}"
+            )
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)")
+        if not LOWEST_TOP_P <= self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it must be at least {LOWEST_TOP_P} and at most 1 (all tokens)")
         if not 0 <= self.min_p < 1:
             raise ConfigError(f"min_p is {self.min_p}; it must be 0 (all tokens) or more, and below 1")
-        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 is none)")
+        lowest, highest = PENALTIES
+        if not lowest <= self.repetition_penalty <= highest:
+            raise ConfigError(
+                f"repetition_penalty is {self.repetition_penalty}; it must lie in {lowest} to {highest} (1 is none)"
+            )
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed is {self.seed}; it must be 0 or more, and below 2^64")
         if "" in self.stop:

@@ -231,12 +231,23 @@ def _as_integers(part: Tensor) -> Tensor:
 
 
 class _Lent(threading.local):
-    """How many threads torch has lent to the products of this thread's step; 0 when it keeps them."""
+    """How many threads torch has lent to the products of this thread's step; 0 when it keeps them.
+
+    `known` says whether this thread's own number is its own: torch gives a new one what was set last in any thread.
+    """
 
     threads = 0
+    known = False
 
 
 _lent = _Lent()
+_default_threads: list[int] = []
+
+
+def remember_threads() -> None:
+    """Note how many threads torch has here, before it lends any: as many as other threads of the program shall have."""
+    _default_threads[:] = [torch.get_num_threads()]
+    _lent.known = True
 
 
 def lend_threads(tokens: int) -> None:
@@ -244,6 +255,9 @@ def lend_threads(tokens: int) -> None:
 
     Between two operations torch's threads spin for a while, on the processors that the kernels' threads need by then.
     """
+    if not _lent.known and _default_threads:
+        torch.set_num_threads(_default_threads[0])
+    _lent.known = True
     if tokens <= FEW_TOKENS and not _lent.threads:
         _lent.threads = torch.get_num_threads()
         torch.set_num_threads(1)

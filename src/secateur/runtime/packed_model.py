@@ -24,7 +24,7 @@ from secateur.checkpoint.shortlist import SUFFIX as SHORTLIST
 from secateur.checkpoint.shortlist import checked_shortlist
 from secateur.errors import CheckpointError
 from secateur.models.source import ModelFolder
-from secateur.runtime.packed_matrix import PackedMatrix, lend_threads, return_threads
+from secateur.runtime.packed_matrix import PackedMatrix, lend_threads, remember_threads, return_threads
 from secateur.runtime.sparse_linear import PackedEmbedding, SparseLinear
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ class PackedQuantizer(SecateurQuantizer):
         self.dtype = dtype
         return dtype
 
-    def _process_model_before_weight_loading(self, model: Any, *, checkpoint_files: list[str], **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, *, checkpoint_files: list[str], **options: Any) -> None:
+        super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **options)
         stored = self.quantization_config.stored
         self.tensors = _mapped_tensors(checkpoint_files)
         self.places = _places(model, stored, self.tensors)
@@ -77,7 +78,7 @@ class PackedQuantizer(SecateurQuantizer):
         names = "|".join(map(re.escape, self.places))
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
-            rf"^({names})(\.\w+)?$",
+            rf"^({names})\.({'|'.join(PART_SUFFIXES)})$",
         }
 
     def get_load_operations(self) -> dict[str, Any]:
@@ -95,6 +96,9 @@ class PackedQuantizer(SecateurQuantizer):
                 packed = SparseLinear(matrix, module.bias)
             model.set_submodule(path, packed)
         del self.tensors
+        # Whoever asks for the ties again would have parameters tied that are none any more.
+        model.config.tie_word_embeddings = False
+        remember_threads()
         model.register_forward_pre_hook(_before_step, with_kwargs=True)
         model.register_forward_hook(_after_step, always_call=True)
         return model.requires_grad_(False)

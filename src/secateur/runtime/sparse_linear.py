@@ -3,6 +3,8 @@
 They are for inference. A weight that is trained has to be unpacked: open the sub-model with transformers.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -91,7 +93,10 @@ class PackedEmbedding(nn.Module):
         _refuse_gradient(self.packed)
         rows = self.packed.look_up(token_ids.flatten())
         places = torch.arange(len(rows), device=rows.device).view(token_ids.shape)
-        found: Tensor = torch.func.functional_call(self.lookup, {"weight": rows}, (places,))
+        # A copy of the module holds the rows: other threads look up theirs in this one meanwhile.
+        lookup = copy.copy(self.lookup)
+        lookup._buffers = {**lookup._buffers, "weight": rows}
+        found: Tensor = lookup(places)
         return found
 
 

@@ -51,7 +51,9 @@ def encode_prompt(prompt: str, codec: Codec, max_new_tokens: int, max_positions:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise `ConfigError` when a string is no text: when it holds halves of surrogate pairs."""
+    """Raise `ConfigError` when something is no text: no string, or one that holds halves of surrogate pairs."""
+    if not isinstance(text, str):
+        raise ConfigError(f"the {name} is {text!r}; give text")
     try:
         text.encode()
     except UnicodeEncodeError:
