@@ -10,7 +10,7 @@ WORKERS ?= 2
 .PHONY: help install demo test slow peers check sanitize sanitized corruptions neon bench clean
 
 help: ## Show this list.
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
 
 install: $(STAMP) ## Set up .venv with secateur and all that its tests need.
 

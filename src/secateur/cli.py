@@ -165,9 +165,8 @@ def generate(
         console.print_json({"prompt": prompt, **between, "text": "".join(pieces)})
         return
     for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        console.write(piece)
+    console.write("\n")
 
 
 @app.command()
@@ -274,6 +273,8 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit."""
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
+    console.prepare_streams()
+    console.show_log("secateur.models.gguf")
     try:
         app(["--debug", *(one for one in given if one != "--debug")] if debug else given)
     except SecateurError as error:
@@ -281,9 +282,6 @@ def main(arguments: list[str] | None = None) -> Any:
             raise
         sys.stderr.write(f"secateur: {error}\n")
         sys.exit(1)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has left
-        sys.stderr.close()
-        sys.exit(0)
     except (MemoryError, RuntimeError) as error:
         if debug or not (isinstance(error, MemoryError) or "memory" in str(error).lower()):
             raise
@@ -301,7 +299,7 @@ def main(arguments: list[str] | None = None) -> Any:
     except (KeyboardInterrupt, SystemExit) as end:  # Typer turns the former into an exit with this code, in silence
         if isinstance(end, SystemExit) and end.code != 130:
             raise
-        sys.stderr.write(
-            "secateur: interrupted; a derivation goes on with its finished blocks when run again with --resume\n"
-        )
+        verb = next((one for one in given if not one.startswith("-")), "")
+        more = "; it goes on with its finished blocks when run again with --resume" if verb == "derive" else ""
+        sys.stderr.write(f"secateur: interrupted{more}\n")
         sys.exit(130)

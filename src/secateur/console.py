@@ -1,6 +1,8 @@
 """What the command line shows: results on stdout, progress and remarks on stderr."""
 
+import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,17 +10,38 @@ from types import TracebackType
 from typing import Any
 
 
+def prepare_streams() -> None:
+    """Let no output end in a traceback: what the terminal cannot show is escaped, and a closed stream is none."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 - open as long as the program runs
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def write(text: str) -> None:
+    """Write to stdout at once; ends the program, as one that is done, when the reader, such as `head`, has left."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has to go somewhere
+        sys.exit(0)
+
+
 def result(content: Any, text: str, *, as_json: bool) -> None:
     """Print a result for a machine or for a person."""
     if as_json:
         print_json(content)
     else:
-        sys.stdout.write(text.rstrip("\n") + "\n")
+        write(text.rstrip("\n") + "\n")
 
 
 def print_json(content: Any) -> None:
     """Print one JSON document."""
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    write(json.dumps(content, indent=2, ensure_ascii=not unicode) + "\n")
 
 
 def remark(text: Any) -> None:
@@ -42,6 +65,19 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def show_log(name: str) -> None:
+    """Show on stderr what a part of the library says as it works."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        logger.addHandler(_Remarks())
+        logger.setLevel(logging.INFO)
+
+
+class _Remarks(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        remark(record.getMessage())
 
 
 class Progress:

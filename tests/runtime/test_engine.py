@@ -9,8 +9,10 @@ from itertools import zip_longest
 import numpy as np
 import pytest
 
+from secateur.runtime.contexts import READ_ANEW
 from secateur.runtime.loaded import LoadedModel
 from secateur.runtime.loading import load
+from secateur.runtime.native_model import CHUNK
 from secateur.runtime.options import GenerationOptions
 from tests.runtime.native_models import (
     NATIVE,
@@ -50,12 +52,34 @@ def test_prefix_is_not_computed_again(folders, monkeypatch):
     monkeypatch.setattr(backend.model, "forward", counting)
     first = loaded.generate("a" * 50, 4, ignore_eos=True)
     assert sum(computed) == 50 + 3
-    for prompt, needed in (("a" * 50 + "b" * 5, 5), ("a" * 50 + "b" * 5, 1), ("a" * 20, 1), ("b", 1)):
+    few = READ_ANEW
+    for prompt, needed in (("a" * 50 + "b" * 5, few), ("a" * 50 + "b" * 30, 30), ("a" * 20, few), ("b", 1)):
         computed.clear()
         again = loaded.generate(prompt, 4, ignore_eos=True)
         assert sum(computed) <= needed + 3
         assert again == LoadedModel(folders["llama"], native(folders["llama"])).generate(prompt, 4, ignore_eos=True)
     assert loaded.generate("a" * 50, 4, ignore_eos=True) == first
+
+
+def read(contexts, prompt):
+    """Return the logits after a prompt, of which nothing is computed that is known."""
+    context = contexts.take(prompt, 1000)
+    rest = prompt[len(context.tokens) :]
+    logits = contexts.prefill(rest, [context] * len(rest), [False] * (len(rest) - 1) + [True])
+    contexts.give_back(context)
+    return logits[-1]
+
+
+@pytest.mark.parametrize("length", [5, 40, CHUNK + 2, 2 * CHUNK + 100])
+def test_a_prompt_that_is_read_again_gives_the_same_logits_to_the_bit(tmp_path, length):
+    """So a seed gives one text, whatever the text before was."""
+    backend = native(save_tiny(tmp_path / "long", "llama", max_position_embeddings=4096))
+    prompt = np.random.default_rng(0).integers(0, 200, length).tolist()
+    found = [read(backend.contexts, prompt)]
+    for before in (prompt, prompt[: length // 2] + [201] * 9, [*prompt[:-1], 201]):
+        read(backend.contexts, before)
+        found.append(read(backend.contexts, prompt))
+    assert all(np.array_equal(one, found[0]) for one in found)
 
 
 def test_prefix_is_kept_when_a_text_outgrows_its_room(tmp_path, monkeypatch):
@@ -71,8 +95,8 @@ def test_prefix_is_kept_when_a_text_outgrows_its_room(tmp_path, monkeypatch):
         return logits
 
     monkeypatch.setattr(loaded.backend.model, "forward", counting)
-    found = loaded.generate("a" * 1500 + "b" * 9, 1000, ignore_eos=True, cancelled=lambda: len(computed) > 20)
-    assert len(computed) == 9 + 12
+    found = loaded.generate("a" * 1500 + "b" * 9, 1000, ignore_eos=True, cancelled=lambda: len(computed) > 27)
+    assert len(computed) == READ_ANEW + 12
     fresh = load(folder, engine="native")
     assert fresh.generate("a" * 1500 + "b" * 9, 13, ignore_eos=True) == found
 

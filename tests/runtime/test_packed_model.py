@@ -326,7 +326,7 @@ def test_a_thread_born_while_another_decodes_has_its_own_threads(made, monkeypat
         seen = []
 
         def other():
-            logits(model)
+            logits(model, IDS[:1, :4])
             seen.append(torch.get_num_threads())
 
         def in_the_middle(*_):
@@ -337,7 +337,7 @@ def test_a_thread_born_while_another_decodes_has_its_own_threads(made, monkeypat
             thread.join()
 
         handle = model.model.layers[0].register_forward_pre_hook(in_the_middle)
-        logits(model)
+        logits(model, IDS[:1, :4])
         assert seen == [2]
         assert torch.get_num_threads() == 2
     finally:

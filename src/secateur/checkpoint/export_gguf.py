@@ -20,7 +20,7 @@ from secateur.checkpoint.gguf_blocks import BLOCK, from_floats, from_integers
 from secateur.checkpoint.opened import OpenedSubModel
 from secateur.checkpoint.quantise import Quantised
 from secateur.checkpoint.shards import open_shard
-from secateur.errors import CheckpointError, OutputError
+from secateur.errors import CheckpointError, ConfigError, OutputError
 from secateur.files import new_file
 from secateur.models.gguf_file import Value
 from secateur.models.gguf_keys import WRITTEN, full_config, model_metadata, rope_factors
@@ -97,6 +97,8 @@ def export_gguf(submodel: OpenedSubModel, target: Path, kind: str | None) -> Non
     ------
     UnknownNameError, ConfigError, CheckpointError, ModelError, OutputError
     """
+    if kind == "q4_0":
+        raise ConfigError("no values are rounded to q4_0 here; without --type int4 values become Q4_0 as they are")
     wanted = None if kind is None else TYPES.get(kind)
     if target.suffix.lower() != ".gguf":
         raise OutputError(f"{target} is not the name of a GGUF file; write one that ends in .gguf, {target.name}.gguf")

@@ -77,7 +77,7 @@ class Inspection:
             f"files          {'all match their SHA-256' if self.verified else 'hashes not compared (--verify does)'}",
             "",
             f"{'part':<16}{'MB':>10}{'bits/weight':>14}",
-            *(self._describe_part(part) for part in self.bytes_by_part),
+            *(self._describe_part(part) for part, n_bytes in self.bytes_by_part.items() if n_bytes),
             f"{'total':<16}{self.total_bytes / 1e6:>10.2f}",
             "",
             f"{'weight':<48}{'shape':>16}{'sparsity':>10}",

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from secateur.errors import ConfigError
-from secateur.evaluation.speed_peers import Peer, find_peer
+from secateur.evaluation.speed_peers import Peer, find_peer, told_apart
 from secateur.evaluation.speed_worker import Worker
 from secateur.runtime.threads import usable_threads
 
@@ -133,7 +133,7 @@ def benchmark(
         raise ConfigError("rounds, prompt lengths, new tokens and batch have to be at least 1")
     count = threads or usable_threads()
     path = Path(submodel)
-    peers = [Peer(path.name, "auto", str(submodel)), *(find_peer(spec, path) for spec in against)]
+    peers = told_apart([Peer(path.name, "auto", str(submodel)), *(find_peer(spec, path) for spec in against)])
     questions = _questions(prompt_lengths, new_tokens, batch)
     with ExitStack() as stack:
         workers: list[Worker] = []
@@ -141,6 +141,7 @@ def benchmark(
             progress(f"loading {peer.name}", len(workers), len(peers))
             workers.append(Worker(peer.kind, peer.path, count))
             stack.callback(workers[-1].close)
+        _check_lengths(peers, workers, max((*prompt_lengths, DECODE_PROMPT + new_tokens)))
         found, limits, bandwidth, busy = _take_turns(peers, workers, questions, rounds, count, progress)
         speeds = tuple(map(_speed, peers, workers, found, limits))
     return SpeedReport(speeds, count, rounds, tuple(bandwidth), busy, _machine())
@@ -197,6 +198,17 @@ def _speed(
         tuple(one["unpacking_ms"] for one in limits if one),
         tuple(one["bound_ms"] for one in limits if one),
     )
+
+
+def _check_lengths(peers: Sequence[Peer], workers: Sequence[Worker], longest: int) -> None:
+    """Raise `ConfigError` for texts that a model was not made for."""
+    for peer, worker in zip(peers, workers, strict=True):
+        positions = worker.loaded["max_positions"]
+        if positions is not None and longest > positions:
+            raise ConfigError(
+                f"texts of {longest} tokens are longer than the {positions} positions of {peer.name!r}; "
+                f"name shorter prompts or fewer new tokens ({DECODE_PROMPT} tokens are read before those)"
+            )
 
 
 def _questions(prompt_lengths: Sequence[int], new_tokens: int, batch: int) -> dict[str, dict[str, Any]]:

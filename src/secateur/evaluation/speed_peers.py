@@ -1,6 +1,7 @@
 """What a sub-model's speed is compared with: its parent, run by torch, by llama.cpp or by our own engine."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ class Peer:
     name: str
     kind: str
     path: str
+
+
+def told_apart(peers: Sequence[Peer]) -> list[Peer]:
+    """Return the peers, those whose names are not their own under their whole paths."""
+    names = [peer.name for peer in peers]
+    return [replace(peer, name=peer.path) if names.count(peer.name) > 1 else peer for peer in peers]
 
 
 def find_peer(spec: str, submodel: Path) -> Peer:
@@ -42,6 +49,8 @@ def find_peer(spec: str, submodel: Path) -> Peer:
         return Peer(Path(detail).name, kind, detail)
     if kind == "llama.cpp":
         if detail.endswith(".gguf"):
+            if not Path(detail).is_file():
+                raise ConfigError(f"there is no file {detail!r} for llama.cpp to run; name an existing GGUF file")
             return Peer(f"llama.cpp {Path(detail).stem}", kind, detail)
         gguf = _parent_gguf(submodel)
         if not detail:

@@ -13,12 +13,15 @@ import numpy as np
 from secateur.errors import ConfigError, SecateurError
 from secateur.runtime.architecture import NotNativeError
 
+CONTEXT = 4096  # tokens that llama.cpp makes room for
+
 
 class Runner(Protocol):
     """A loaded model; `kind` is what runs it."""
 
     kind: str
     vocabulary: int
+    max_positions: int | None  # tokens of the longest text that it knows; None where nothing is known
 
     def prefill(self, prompt: Sequence[int]) -> float:
         """Read a prompt into an empty context; return the seconds until the logits after it are there."""
@@ -42,6 +45,7 @@ class NativeRunner(Runner):
 
         self.model = open_native(resolve_model(path), threads=threads).model
         self.vocabulary = self.model.architecture.vocabulary
+        self.max_positions = self.model.architecture.max_positions
 
     def prefill(self, prompt: Sequence[int]) -> float:
         """See `Runner`."""
@@ -98,6 +102,7 @@ class TorchRunner(Runner):
         self.kind = "torch-int8" if int8 else "torch"
         self.model = model
         self.vocabulary = int(model.config.vocab_size)
+        self.max_positions = getattr(model.config, "max_position_embeddings", None)
 
     def prefill(self, prompt: Sequence[int]) -> float:
         """See `Runner`."""
@@ -134,9 +139,10 @@ class LlamaCppRunner(Runner):
                 "llama.cpp is compared through llama-cpp-python, which is not installed: pip install 'secateur[peers]'"
             ) from None
         self.model: Any = llama_cpp.Llama(
-            path, n_ctx=4096, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False
+            path, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False
         )
         self.vocabulary = int(self.model.n_vocab())
+        self.max_positions = CONTEXT
 
     def prefill(self, prompt: Sequence[int]) -> float:
         """See `Runner`."""

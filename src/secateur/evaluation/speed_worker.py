@@ -105,7 +105,12 @@ def main(kind: str, path: str, threads: int) -> None:
     except SecateurError as error:
         _say({"error": str(error)})
         return
-    _say({"kind": runner.kind, "load_seconds": time.time() - started, **_memory()})
+    except Exception as error:  # noqa: BLE001 - another program's library raises what it likes
+        _say({"error": f"it cannot be loaded ({' '.join(str(error).split()) or type(error).__name__})"})
+        return
+    _say(
+        {"kind": runner.kind, "max_positions": runner.max_positions, "load_seconds": time.time() - started, **_memory()}
+    )
     for line in sys.stdin:
         asked: Mapping[str, Any] = json.loads(line)
         if asked["question"] == "memory":

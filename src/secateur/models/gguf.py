@@ -6,6 +6,7 @@ a model larger than memory can be converted.
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from contextlib import suppress
@@ -25,6 +26,8 @@ from secateur.models.safetensors_writer import Lazy, write_safetensors
 
 # Part of the cache's key: raise it when the converted folder of a file changes.
 CONVERTER_VERSION = 1
+
+logger = logging.getLogger(__name__)
 
 # Two quantisations of one matrix agree row by row to 0.99 and better; two matrices do not.
 TIED_COSINE = 0.99
@@ -65,6 +68,7 @@ def convert_gguf(path: Path, stem: str | None = None) -> Path:
     file = GGUFFile(path)
     config = build_config(file)
     _check_vocabulary(file, config["vocab_size"])
+    logger.info("converting %s, once; it is kept in %s, and can be deleted at any time", path, target)
     try:
         with atomic_folder(target) as folder:
             write_tokenizer(file, folder)

@@ -95,6 +95,7 @@ class PackedEmbedding(nn.Module):
         places = torch.arange(len(rows), device=rows.device).view(token_ids.shape)
         # A copy of the module holds the rows: other threads look up theirs in this one meanwhile.
         lookup = copy.copy(self.lookup)
+        lookup._parameters = {name: one for name, one in lookup._parameters.items() if name != "weight"}
         lookup._buffers = {**lookup._buffers, "weight": rows}
         found: Tensor = lookup(places)
         return found

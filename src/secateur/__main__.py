@@ -1,0 +1,5 @@
+"""`python -m secateur`: the command line."""
+
+from secateur.cli import main
+
+main()
