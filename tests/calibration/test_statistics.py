@@ -33,8 +33,8 @@ def batches(dtype=torch.float32, rows=700):
     return [torch.randn(2, rows, 8, generator=generator).to(dtype) for _ in range(3)]
 
 
-def collect(block, inputs, *, linears=LINEARS, stop_early=False):
-    with torch.no_grad(), StatisticsCollector(block, linears, stop_early=stop_early) as collector:
+def collect(block, inputs, *, linears=LINEARS, stop_early=False, gram=False):
+    with torch.no_grad(), StatisticsCollector(block, linears, stop_early=stop_early, gram=gram) as collector:
         outputs = [collector.run(lambda x=x: block(x)) for x in inputs]
     return collector.results(), outputs
 
@@ -54,6 +54,20 @@ def test_equals_a_direct_computation(dtype):
     )
     assert {one.n_tokens for one in results.values()} == {3 * 2 * 700}
     assert results["gate"].sum_squares.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_of_features_are_exact_to_float32(dtype):
+    """Also in bfloat16, where they are taken in bfloat16 units: the inputs have no more digits."""
+    block, inputs = Feedforward().to(dtype), batches(dtype, rows=5000)
+    before = torch.get_float32_matmul_precision()
+    results, _ = collect(block, inputs, gram=True)
+    assert torch.get_float32_matmul_precision() == before
+    rows = torch.cat(inputs).reshape(-1, 8).double()
+    torch.testing.assert_close(results["gate"].gram.double(), rows.T @ rows, rtol=1e-5, atol=1e-2)
+    assert results["gate"].gram is results["up"].gram
+    assert results["down"].gram.shape == (12, 12)
+    assert collect(block, inputs)[0]["gate"].gram is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,10 +1,11 @@
-"""What a block's inputs look like: the sum of squares of each input feature of each prunable weight.
+"""What a block's inputs look like: the sum of squares of each input feature of each prunable weight, or of all pairs.
 
-Weights that read one tensor (q, k and v; gate and up) share one statistic. Sums are taken over slices of rows in
-float32 and added in float64, so that neither the batch size nor the number of tokens costs accuracy.
+Weights that read one tensor (q, k and v; gate and up) share one statistic. Sums of squares are taken over slices of
+rows in float32 and added in float64, so that neither the batch size nor the number of tokens costs accuracy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from secateur.errors import ModelError
 # Rows converted to float32 at a time: the slice stays in the cache, which makes this several times faster than
 # converting a whole activation.
 _ROWS = 256
+# The same for products of all pairs of features, which are worth it only for many rows at a time.
+_GRAM_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,13 @@ class InputStatistics:
         float32 [in_features]; for each feature j the sum of x_j^2 over tokens.
     n_tokens
         Number of tokens that were summed.
+    gram
+        float32 [in_features, in_features], symmetric: the sum of x_i x_j over tokens; None where nobody asked for it.
     """
 
     sum_squares: Tensor
     n_tokens: int
+    gram: Tensor | None = None
 
     @property
     def input_norms(self) -> Tensor:
@@ -42,8 +48,9 @@ class InputStatistics:
 class _Sum:
     """A running sum for one shared input."""
 
-    def __init__(self, in_features: int) -> None:
+    def __init__(self, in_features: int, device: torch.device, *, gram: bool) -> None:
         self.total = torch.zeros(in_features, dtype=torch.float64)
+        self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
         self.n_tokens = 0
 
     def add(self, inputs: Tensor) -> None:
@@ -52,7 +59,26 @@ class _Sum:
             # A copy even of float32 inputs: they are what the block goes on computing with.
             squares = part.to(torch.float32, copy=True).square_()
             self.total += squares.sum(0).to("cpu", torch.float64)
+        if self.gram is not None:
+            with _fast_products(rows.dtype):
+                for part in torch.split(rows, _GRAM_ROWS):
+                    slab = part.float()
+                    self.gram.addmm_(slab.T, slab)
         self.n_tokens += rows.shape[0]
+
+    def result(self) -> InputStatistics:
+        return InputStatistics(self.total.float(), self.n_tokens, self.gram)
+
+
+@contextmanager
+def _fast_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let products of bfloat16 numbers that lie in float32 be taken in bfloat16 units: they are exact there too."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class StatisticsCollector:
@@ -60,12 +86,12 @@ class StatisticsCollector:
 
     Used as a context manager around the forward passes; `results()` afterwards. With `stop_early` the forward pass
     ends by raising `AllCollected` once the last of the weights has received its input, because what the block would
-    compute after that changes no statistic.
+    compute after that changes no statistic. With `gram` the products of all pairs of features are summed too.
     """
 
-    def __init__(self, block: nn.Module, linears: tuple[str, ...], *, stop_early: bool) -> None:
+    def __init__(self, block: nn.Module, linears: tuple[str, ...], *, stop_early: bool, gram: bool = False) -> None:
         self._linears = {name: block.get_submodule(name) for name in linears}
-        self._stop_early = stop_early
+        self._stop_early, self._gram = stop_early, gram
         self._sums: dict[str, _Sum] = {}
         self._leader: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
@@ -90,7 +116,9 @@ class StatisticsCollector:
             else:
                 leader = name
                 self._last = (name, inputs)
-                self._sums.setdefault(name, _Sum(inputs.shape[-1])).add(inputs)
+                if name not in self._sums:
+                    self._sums[name] = _Sum(inputs.shape[-1], inputs.device, gram=self._gram)
+                self._sums[name].add(inputs)
             if self._leader.setdefault(name, leader) != leader:
                 raise ModelError(f"{name} shared its input with {self._leader[name]} in one batch but not in another")
             self._calls.append(name)
@@ -123,7 +151,7 @@ class StatisticsCollector:
         ModelError
             When a weight was never used, or its inputs were not finite.
         """
-        done = {name: InputStatistics(one.total.float(), one.n_tokens) for name, one in self._sums.items()}
+        done = {name: one.result() for name, one in self._sums.items()}
         for name in self._linears:
             if name not in self._leader:
                 raise ModelError(f"{name} received no input in a forward pass, so it cannot be calibrated")

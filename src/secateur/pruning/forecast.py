@@ -20,6 +20,8 @@ MEMORY_SHARE = 0.85
 # Activations inside one block, in multiples of one batch of [tokens, intermediate_size] and [tokens, hidden_size].
 INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
 TOKENS_PER_BATCH = 2048
+# Of a layer's problem, in multiples of its Gram matrix and of its weight in float32; the factors are in float64.
+GRAM_COPIES, WEIGHT_COPIES, FLOAT_BYTES = 10, 8, 4
 # Tokenizer, offsets of rows, index and manifest.
 SMALL_FILES = 32_000_000
 SCALE_BYTES = 2
@@ -73,6 +75,7 @@ def make_forecast(
     output: Path,
     encoding: Encoding = FLOATS,
     trimmed: bool = False,
+    gram: bool = False,
 ) -> Forecast:
     """Forecast a derivation.
 
@@ -97,6 +100,8 @@ def make_forecast(
         How kept weights are stored.
     trimmed
         Whether the rows of the head are reordered.
+    gram
+        Whether the method needs the Gram matrices of the inputs.
 
     Raises
     ------
@@ -113,6 +118,8 @@ def make_forecast(
     batch = min(batch_tokens, tokens) * itemsize * (INTERMEDIATE_COPIES * intermediate + HIDDEN_COPIES * hidden)
     # Dense weights and packed ones of a block; scores, their partition and positions of the weights pruned at once.
     working = 2 * largest * itemsize + 16 * side_by_side + batch
+    if gram:
+        working += max(_gram_bytes(model, block) for block in blocks)
     outer = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
     rounded = _rounded_entries(model) if encoding.bits else 0
     # Reordered rows are a second copy of what is written.
@@ -143,6 +150,14 @@ def make_forecast(
             f"{str(output.parent)!r}: make room or name another output{fewer}"
         )
     return forecast
+
+
+def _gram_bytes(model: PreTrainedModel, block: Block) -> int:
+    """Return what the Gram matrices of a block take, as if no weights shared one, and solving the largest."""
+    shapes = [model.get_parameter(block.weight_name(linear)).shape for linear in block.prunable]
+    grams = sum(shape[1] ** 2 for shape in shapes)
+    solving = max(GRAM_COPIES * shape[1] ** 2 + WEIGHT_COPIES * shape.numel() for shape in shapes)
+    return int(FLOAT_BYTES * (grams + solving))
 
 
 def _rounded_entries(model: PreTrainedModel) -> int:

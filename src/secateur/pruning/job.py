@@ -149,6 +149,7 @@ def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspac
         output=workspace,
         encoding=encoding_of(recipe),
         trimmed=recipe.trim_vocabulary,
+        gram=METHODS.get(recipe.method).needs == "gram",
     )
 
 

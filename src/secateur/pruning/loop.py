@@ -28,7 +28,8 @@ from secateur.models.replay import BlockInputs, run_block
 from secateur.models.structure import Block
 from secateur.models.weights import WeightReader, drop_parameters, set_parameters
 from secateur.pruning.masks import Target, zero_removed
-from secateur.pruning.methods import METHODS, Method, Pruned
+from secateur.pruning.method import Method, Pruned
+from secateur.pruning.methods import METHODS
 
 Progress = Callable[[str, int, int], None]
 
@@ -132,8 +133,8 @@ def _load_block(run: BlockRun, block: Block, module: nn.Module) -> dict[str, Ten
 def _collect(run: BlockRun, block: Block, module: nn.Module) -> Mapping[str, InputStatistics]:
     if run.activations is None:
         return {}
-    propagate = run.recipe.propagate
-    with StatisticsCollector(module, block.prunable, stop_early=propagate) as collector:
+    propagate, gram = run.recipe.propagate, METHODS.get(run.recipe.method).needs == "gram"
+    with StatisticsCollector(module, block.prunable, stop_early=propagate, gram=gram) as collector:
         for batch, hidden in run.activations.batches():
             call = run.activations.inputs.get(block.index, batch)
             output = collector.run(lambda: _forward(run, module, hidden, call))  # noqa: B023 - called at once
@@ -160,7 +161,9 @@ def _prune_weights(
         weight = module.get_parameter(f"{linear}.weight")
         return name, _prune_weight(run, method, name, originals[name], weight, statistics.get(linear))
 
-    with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
+    # Methods with a Gram matrix are products and factorisations, which use all threads by themselves.
+    workers = 1 if method.needs == "gram" else max(1, torch.get_num_threads())
+    with ThreadPoolExecutor(max_workers=workers) as pool:
         return dict(pool.map(prune, block.prunable))
 
 
@@ -176,7 +179,11 @@ def _prune_weight(  # noqa: PLR0917
     # crc32 is a stable way to give each weight its own random numbers; nothing depends on it being strong.
     target = Target(run.sparsity[name], run.recipe.granularity, run.recipe.seed ^ zlib.crc32(name.encode()))
     with torch.inference_mode():
-        pruned = method.function(original.to(run.device), statistics, target)
+        weight = original.to(run.device)
+        if target.sparsity == 0:  # what loses nothing stays as it is, to the bit
+            pruned = Pruned(weight, torch.ones(weight.shape, dtype=torch.bool))
+        else:
+            pruned = method.function(weight, statistics, target)
         unmasked = is_unmasked(run.encoding, target.sparsity)
         packed, kept = _pack(run.encoding, name, pruned, statistics, parameter.dtype, unmasked=unmasked)
         parameter.data.copy_(kept)

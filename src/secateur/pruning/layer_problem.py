@@ -1,0 +1,108 @@
+"""The problem that methods with a Gram matrix solve for one weight, and the best values for a mask that is given.
+
+Of all sparse W the one is sought whose products with the calibration inputs X are nearest to those of the dense V:
+minimise ||(W - V) X||_F^2 = tr((W - V) G (W - V)^T) with G = X X^T. Columns are scaled by the norms of their inputs, so
+that G has a diagonal of ones, a damping means the same everywhere, and |W_ij| is the score of Wanda.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.statistics import InputStatistics
+from secateur.errors import ModelError
+
+DAMPING = 0.01  # of the mean of the diagonal (Frantar & Alistarh 2023, section 3.3)
+_MAX_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """The least squares of one weight.
+
+    Attributes
+    ----------
+    dense
+        float32 [out_features, in_features]: the dense weight, columns scaled. Those of inputs that were always 0 are 0.
+    gram
+        float32 [in_features, in_features]: the scaled Gram matrix, with its damping; the diagonal is 1 + `DAMPING`.
+    norms
+        float32 [in_features]: what columns were multiplied with; 1 for inputs that were always 0.
+    """
+
+    dense: Tensor
+    gram: Tensor
+    norms: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, statistics: InputStatistics) -> "LayerProblem":
+        """Scale a weight [out_features, in_features] and the Gram matrix of its inputs."""
+        assert statistics.gram is not None  # noqa: S101 - the pipeline gives what `needs` names
+        gram = statistics.gram.to(weight.device)
+        norms = gram.diagonal().sqrt()
+        alive = norms > 0
+        norms = torch.where(alive, norms, torch.ones_like(norms))
+        scaled = gram / norms / norms[:, None]
+        scaled.diagonal().fill_(1 + DAMPING)
+        return cls(weight.float() * norms * alive, scaled, norms)
+
+    def restored(self, scaled: Tensor, original: Tensor) -> Tensor:
+        """Return a scaled weight in the scale and precision of the original.
+
+        What belongs to inputs that were always 0 is the original's: nothing is known of it.
+        """
+        dead = self.gram.count_nonzero(dim=0) == 1
+        found = (scaled / self.norms).to(original.dtype)
+        return torch.where(dead, original, found) if bool(dead.any()) else found
+
+    def factor(self) -> Tensor:
+        """Return the Cholesky factor [in_features, in_features] of the inverse of the Gram matrix, upper, float32.
+
+        More damping is added, tenfold each time, where rounding has left the matrix indefinite.
+
+        Raises
+        ------
+        ModelError
+            When even a damping as large as the diagonal does not help: the inputs are not finite.
+        """
+        gram, added = self.gram.double(), 0.0
+        while added <= _MAX_DAMPING:
+            lower, failed = torch.linalg.cholesky_ex(gram + added * torch.eye(len(gram), dtype=gram.dtype))
+            if not failed:
+                inverse = torch.cholesky_inverse(lower)
+                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+                if not failed:
+                    factor: Tensor = upper.float()
+                    return factor
+            added = 10 * added or DAMPING
+        raise ModelError("the inputs of a weight have a Gram matrix that cannot be inverted; prune it with wanda")
+
+    def relative_error(self, scaled: Tensor) -> float:
+        """Return ||(W - V) X||^2 / ||V X||^2 of a scaled weight, the damping included."""
+        difference = scaled - self.dense
+        wrong = (difference @ self.gram * difference).sum(dtype=torch.float64)
+        whole = (self.dense @ self.gram * self.dense).sum(dtype=torch.float64)
+        return float(wrong / whole) if whole > 0 else 0.0
+
+
+def refit(problem: LayerProblem, scaled: Tensor, mask: Tensor, steps: int) -> Tensor:
+    """Return the weight, zero outside the mask, that `steps` of conjugate gradients from a scaled weight lead to.
+
+    Each row is a problem of its own. The error never grows: for a row that has converged nothing is done any more.
+    """
+    kept = mask.to(scaled.dtype)
+    found = scaled * kept
+    residual = (problem.dense - found) @ problem.gram * kept
+    direction, size = residual.clone(), residual.square().sum(1, keepdim=True)
+    tiny = 1e-12 * problem.dense.square().sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    for _ in range(steps):
+        image = direction @ problem.gram * kept
+        length = size / (direction * image).sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        length = torch.where(size > tiny, length, torch.zeros_like(length))
+        found += length * direction
+        residual -= length * image
+        following = residual.square().sum(1, keepdim=True)
+        ratio = torch.where(size > tiny, following / size.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+        direction, size = residual + ratio * direction, following
+    return found

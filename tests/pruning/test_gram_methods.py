@@ -1,0 +1,195 @@
+"""Methods with a Gram matrix: against slow references, against the exact optimum, and in whole derivations."""
+
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+
+from secateur.calibration.statistics import InputStatistics
+from secateur.pruning.layer_problem import DAMPING, LayerProblem, refit
+from secateur.pruning.masks import Target, keep_top
+from secateur.pruning.methods import METHODS
+from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights
+from tests.tiny import save_tiny
+
+GRAM_METHODS = [name for name in METHODS.names() if METHODS.get(name).needs == "gram"]
+
+
+def layer(rows=24, width=48, tokens=400, seed=0):
+    """A weight, and inputs that are correlated and of very different size, as those of language models are."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
+    inputs = torch.randn(tokens, width, generator=generator) @ mixing * torch.rand(width, generator=generator) * 3
+    return torch.randn(rows, width, generator=generator), inputs
+
+
+def statistics(inputs):
+    gram = inputs.T @ inputs
+    return InputStatistics(gram.diagonal().clone(), len(inputs), gram)
+
+
+def damped(inputs):
+    """The Gram matrix that methods see: in its own scale, each diagonal entry larger by the damping."""
+    gram = (inputs.T @ inputs).double()
+    return gram + DAMPING * torch.diag(gram.diagonal())
+
+
+def error(found, weight, gram):
+    difference = (found - weight).double()
+    return float((difference @ gram * difference).sum() / (weight.double() @ gram * weight.double()).sum())
+
+
+def exact(weight, mask, gram):
+    """The best values for a mask, row by row, by solving the normal equations."""
+    found = torch.zeros_like(weight, dtype=torch.float64)
+    for row in range(len(weight)):
+        kept = mask[row].nonzero().flatten()
+        found[row, kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ weight[row].double())
+    return found
+
+
+def prune(name, weight, inputs, sparsity=0.5, granularity="per_output"):
+    pruned = METHODS.get(name).function(weight, statistics(inputs), Target(sparsity, granularity))
+    return pruned.weight * pruned.mask, pruned.mask
+
+
+def test_refit_finds_the_best_values_for_a_mask():
+    weight, inputs = layer()
+    gram, mask = damped(inputs), keep_top(weight.abs(), Target(0.5))
+    problem = LayerProblem.of(weight, statistics(inputs))
+    errors = [error(problem.restored(refit(problem, problem.dense, mask, n), weight), weight, gram) for n in range(60)]
+    assert errors[0] == pytest.approx(error(weight * mask, weight, gram), rel=1e-4)
+    assert all(after <= before * (1 + 1e-4) for before, after in pairwise(errors))
+    assert errors[-1] == pytest.approx(error(exact(weight, mask, gram), weight, gram), rel=1e-3)
+
+
+def test_refit_leaves_alone_what_cannot_be_better():
+    weight, inputs = layer()
+    problem = LayerProblem.of(weight, statistics(inputs))
+    everything = torch.ones_like(weight, dtype=torch.bool)
+    torch.testing.assert_close(refit(problem, problem.dense, everything, 20), problem.dense)
+    assert refit(problem, problem.dense, ~everything, 20).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("granularity", ["per_output", "per_layer"])
+def test_sparsegpt_is_the_elimination_of_one_column_after_the_other(granularity):
+    """Written plainly: the inverse of what is left of the matrix is computed anew for every column."""
+    weight, inputs = layer(rows=7, width=200)
+    gram, sparsity = damped(inputs), 0.6
+    current, kept, removed = weight.double().clone(), torch.ones_like(weight, dtype=torch.bool), 0
+    inverses = [torch.linalg.inv(gram[j:, j:]) for j in range(200)]
+    for begin, end in ((0, 128), (128, 200)):
+        here = round(sparsity * end * (7 if granularity == "per_layer" else 1)) - removed
+        removed += here
+        saliency = torch.stack([current[:, j] ** 2 / inverses[j][0, 0] for j in range(begin, end)], dim=1)
+        groups = saliency.flatten()[None] if granularity == "per_layer" else saliency
+        gone = torch.zeros_like(groups, dtype=torch.bool).scatter(1, groups.argsort(dim=1)[:, :here], True)
+        kept[:, begin:end] = ~gone.view_as(saliency)
+        for j in range(begin, end):
+            inverse = inverses[j]
+            error_ = torch.where(kept[:, j], 0.0, current[:, j] / inverse[0, 0])
+            current[:, j:] -= error_[:, None] * inverse[0]
+    found, mask = prune("sparsegpt", weight, inputs, sparsity, granularity)
+    assert torch.equal(mask, kept)
+    torch.testing.assert_close(found.double(), current * kept, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_beside_the_exact_optimum(seed):
+    """All masks of a row of eight are tried; a method finds none better, and admm one that is nearly as good."""
+    weight, inputs = layer(rows=16, width=8, seed=seed)
+    gram = damped(inputs)
+    masks = [
+        torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(kept), True) for kept in combinations(range(8), 4)
+    ]
+
+    def loss(found, row):
+        difference = found - weight[row].double()
+        return float(difference @ gram @ difference)
+
+    rows = range(len(weight))
+    best = [min(loss(exact(weight[row : row + 1], mask[None], gram)[0], row) for mask in masks) for row in rows]
+    for name in GRAM_METHODS:
+        found, _ = prune(name, weight, inputs)
+        losses = [loss(found[row].double(), row) for row in rows]
+        assert all(one >= least * (1 - 1e-3) for one, least in zip(losses, best, strict=True))
+        if name == "admm":
+            assert sum(losses) < 2 * sum(best)
+
+
+@pytest.mark.parametrize("granularity", ["per_output", "per_layer"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
+def test_errors_are_ordered_as_the_papers_have_them(sparsity, granularity):
+    """Magnitude, Wanda, SparseGPT, ADMM: each leaves less of the error than the one before."""
+    weight, inputs = layer(rows=96, width=256, tokens=2000)
+    gram = damped(inputs)
+    names = ("magnitude", "wanda", "sparsegpt", "admm")
+    errors = [error(prune(name, weight, inputs, sparsity, granularity)[0], weight, gram) for name in names]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[3] < 0.8 * errors[2]
+
+
+@pytest.mark.parametrize("name", GRAM_METHODS)
+@pytest.mark.parametrize("granularity", ["per_output", "per_layer"])
+@pytest.mark.parametrize("sparsity", [0.01, 0.37, 0.9])
+def test_as_many_weights_go_as_were_asked_for(name, granularity, sparsity):
+    weight, inputs = layer(rows=10, width=150)
+    _, mask = prune(name, weight, inputs, sparsity, granularity)
+    if granularity == "per_output":
+        assert {int(row.sum()) for row in mask} == {150 - round(sparsity * 150)}
+    else:
+        assert int(mask.sum()) == 1500 - round(sparsity * 1500)
+
+
+@pytest.mark.parametrize("name", GRAM_METHODS)
+def test_inputs_that_were_always_zero_go_first_and_what_is_kept_of_them_is_not_touched(name):
+    weight, inputs = layer()
+    inputs[:, [3, 17]] = 0
+    found, mask = prune(name, weight, inputs)
+    assert not mask[:, [3, 17]].any()
+    assert torch.isfinite(found).all()
+    few, mask = prune(name, weight, inputs, sparsity=0.02)  # one of 48
+    assert (mask[:, [3, 17]].sum(1) == 1).all()
+    assert torch.equal(few[:, [3, 17]], weight[:, [3, 17]] * mask[:, [3, 17]])
+
+
+@pytest.mark.parametrize("name", GRAM_METHODS)
+def test_fewer_tokens_than_inputs(name):
+    """The Gram matrix has no inverse then, but for its damping."""
+    weight, inputs = layer(tokens=5)
+    found, _ = prune(name, weight, inputs)
+    assert torch.isfinite(found).all()
+    assert error(found, weight, damped(inputs)) < error(prune("wanda", weight, inputs)[0], weight, damped(inputs))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+@pytest.mark.parametrize("name", GRAM_METHODS)
+def test_a_derivation_is_nearer_to_its_parent_than_wandas(tmp_path, family, name):
+    base = save_tiny(tmp_path / "base", family)
+    for method in ("wanda", name):
+        derive_tiny(base, tmp_path / method, method=method, calibration=calibration(samples=20))
+    ours, theirs = (masks_and_weights(tmp_path / method) for method in (name, "wanda"))
+    assert ours.keys() == theirs.keys()
+    for weight, (mask, values) in ours.items():
+        assert mask.sum() == theirs[weight][0].sum()
+        assert not values[~mask].any()
+        assert not torch.equal(values[mask & theirs[weight][0]], theirs[weight][1][mask & theirs[weight][0]])
+
+
+@pytest.mark.parametrize("name", GRAM_METHODS)
+def test_what_loses_nothing_stays_as_it_is_to_the_bit(tmp_path, name):
+    base = save_tiny(tmp_path / "base")
+    for method in ("wanda", name):
+        derive_tiny(base, tmp_path / method, method=method, sparsity=0)
+    ours, theirs = (masks_and_weights(tmp_path / method) for method in (name, "wanda"))
+    assert all(torch.equal(values, theirs[weight][1]) for weight, (_, values) in ours.items())
+
+
+@pytest.mark.parametrize("name", GRAM_METHODS)
+@pytest.mark.parametrize("values", ["base", "int4"])
+def test_an_interrupted_derivation_goes_on_to_the_same_bytes(tmp_path, name, values):
+    base = save_tiny(tmp_path / "base")
+    derive_tiny(base, tmp_path / "whole", method=name, values=values)
+    interrupt(base, tmp_path / "out", method=name, values=values)
+    derive_tiny(base, tmp_path / "out", method=name, values=values, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
