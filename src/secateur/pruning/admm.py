@@ -1,4 +1,4 @@
-"""ADMM: a dense and a sparse copy of the weight that are pulled towards each other, while the mask is found."""
+"""ADMM: a dense and a sparse copy of the weight that are pulled towards each other ever more strongly."""
 
 import torch
 from torch import Tensor
@@ -8,29 +8,37 @@ from secateur.pruning.layer_problem import LayerProblem, refit
 from secateur.pruning.masks import Target, keep_top
 from secateur.pruning.method import Pruned, register
 
-_STEPS = 30
-_GROWING = 15  # steps in which the mask grows towards its sparsity; it stays as it is afterwards
-_PENALTY = 1.0  # how strongly the copies are pulled, in units of the mean of the Gram matrix's diagonal
+# Penalties, in units of the Gram matrix's diagonal. Each needs an inverse, which costs as much as a few steps.
+_PENALTIES = tuple(0.1 * 1.6**level for level in range(8))
+_STEPS = 5  # with each of them
 _REFIT_STEPS = 10
 
 
 @register("admm", needs="gram")
 def admm(weight: Tensor, statistics: InputStatistics | None, target: Target) -> Pruned:
-    """Find mask and weights together by alternating directions, then refit what is kept (Boza 2024, alg. 2)."""
+    """Find mask and weights together by alternating directions, then refit what is kept (Meng et al. 2024, alg. 1).
+
+    The penalty on what parts the two copies grows, so that the mask can still change at first and settles at last.
+    """
     assert statistics is not None  # noqa: S101 - the pipeline gives what `needs` names
     problem = LayerProblem.of(weight, statistics)
-    width = problem.gram.shape[0]
-    pulled = problem.gram.double() + _PENALTY * torch.eye(width, dtype=torch.float64, device=weight.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(pulled)).float()
+    identity = torch.eye(len(problem.gram), device=weight.device)
     aim = problem.dense @ problem.gram
-    dense, dual = problem.dense, torch.zeros_like(problem.dense)
-    mask = torch.ones(dense.shape, dtype=torch.bool)
-    for step in range(_STEPS):
-        if step < _GROWING:
-            share = 1 - (1 - (step + 1) / _GROWING) ** 3  # many at first, few at last
-            mask = keep_top((dense + dual).abs(), Target(target.sparsity * share, target.granularity)).to(weight.device)
-        sparse = (dense + dual) * mask
-        dual += dense - sparse
-        dense = (aim + _PENALTY * (sparse - dual)) @ inverse
-    found = refit(problem, (dense + dual) * mask, mask, _REFIT_STEPS)
-    return Pruned(problem.restored(found, weight), mask.cpu())
+    dense, dual = problem.dense, torch.zeros_like(problem.dense)  # the dual is divided by the penalty
+    previous = _PENALTIES[0]
+    for penalty in _PENALTIES:
+        dual *= previous / penalty
+        previous = penalty
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.gram + penalty * identity))
+        for _ in range(_STEPS):
+            sparse, _ = _sparse(dense + dual, target)
+            dense = (aim + penalty * (sparse - dual)) @ inverse
+            dual += dense - sparse
+    sparse, mask = _sparse(dense + dual, target)
+    return Pruned(problem.restored(refit(problem, sparse, mask, _REFIT_STEPS), weight), mask.cpu())
+
+
+def _sparse(weight: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """Return the nearest weight of the sparsity, and its mask."""
+    mask = keep_top(weight.abs(), target).to(weight.device)
+    return weight * mask, mask
