@@ -81,7 +81,8 @@ def test_what_is_put_into_the_block_is_what_a_reader_unpacks():
     pruned = loop.Pruned(weight, torch.rand(20, 100, generator=generator) < 0.5)
     statistics = InputStatistics(torch.rand(100, generator=generator), 7)
     encoding = loop.Encoding("int4", 32)
-    packed, kept = loop._pack(encoding, "w", pruned, statistics, torch.bfloat16)
+    codes = loop._quantise(encoding, pruned, statistics, weight)
+    packed, kept = loop._pack(encoding, "w", pruned, codes, torch.bfloat16)
     assert kept.dtype == torch.bfloat16
     exact, mask = loop.unpack(packed, (20, 100), "w", encoding)
     assert torch.equal(kept, exact.bfloat16())

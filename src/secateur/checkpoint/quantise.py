@@ -14,7 +14,7 @@ from secateur.errors import ModelError
 
 # Codes are stored unsigned: value = (code - OFFSETS[bits]) * scale.
 OFFSETS = {8: 128, 4: 8}
-_LOWEST, _HIGHEST = {8: -127, 4: -8}, {8: 127, 4: 7}
+RANGES = {8: (-127, 127), 4: (-8, 7)}  # of a code less its offset
 # The scales that are tried put the group's largest entry at these codes. A code beyond the range clips that entry, but
 # serves all others better; -8 has no +8, so for int4 the sign of the scale matters too.
 _PEAK_CODES = {
@@ -152,7 +152,7 @@ def _search(weight: Array, loudness: Array, bits: int) -> tuple[Array, Array]:
         better = gain > explained
         explained[better], fitted[better] = gain[better], candidate[better]
     best, best_error = np.zeros_like(peak), np.full_like(peak, np.inf)
-    scale = _bfloat16(np.abs(peak) / np.float32(_HIGHEST[bits]))
+    scale = _bfloat16(np.abs(peak) / np.float32(RANGES[bits][1]))
     for following in (_bfloat16(fitted), None):
         _round(weight, scale, bits, codes)
         error = _error(weight, loudness, codes, scale, scratch)
@@ -171,10 +171,11 @@ def _search(weight: Array, loudness: Array, bits: int) -> tuple[Array, Array]:
 
 def _round(weight: Array, scale: Array, bits: int, codes: Array) -> None:
     """Write the nearest codes [group_size, n] for scales [n]; 0 where the scale is nothing beside max|w|."""
+    lowest, highest = RANGES[bits]
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=np.abs(scale) > _NOTHING)
     np.multiply(weight, inverse, out=codes)
     np.rint(codes, out=codes)
-    torch.from_numpy(codes).clamp_(_LOWEST[bits], _HIGHEST[bits])  # several times faster than numpy's
+    torch.from_numpy(codes).clamp_(lowest, highest)  # several times faster than numpy's
 
 
 def _fit(weighted: Array, loudness: Array, codes: Array, scratch: Array) -> tuple[Array, Array]:

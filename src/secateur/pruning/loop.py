@@ -19,7 +19,7 @@ from secateur.calibration.statistics import InputStatistics, StatisticsCollector
 from secateur.checkpoint.bitmask import PackedWeight, pack, pack_integers, unpack
 from secateur.checkpoint.dense import DenseWeight, pack_dense, unpack_dense
 from secateur.checkpoint.format import Encoding, Stored, StoredWeights
-from secateur.checkpoint.quantise import quantise
+from secateur.checkpoint.quantise import Quantised, quantise
 from secateur.checkpoint.shards import read_shard, write_block_shard
 from secateur.config import Recipe
 from secateur.errors import CheckpointError, ModelError
@@ -27,9 +27,11 @@ from secateur.files import release_freed_memory
 from secateur.models.replay import BlockInputs, run_block
 from secateur.models.structure import Block
 from secateur.models.weights import WeightReader, drop_parameters, set_parameters
+from secateur.pruning.layer_problem import LayerProblem
 from secateur.pruning.masks import Target, zero_removed
 from secateur.pruning.method import Method, Pruned
 from secateur.pruning.methods import METHODS
+from secateur.pruning.rounding import settle
 
 Progress = Callable[[str, int, int], None]
 
@@ -184,8 +186,9 @@ def _prune_weight(  # noqa: PLR0917
             pruned = Pruned(weight, torch.ones(weight.shape, dtype=torch.bool))
         else:
             pruned = method.function(weight, statistics, target)
+        codes = _quantise(run.encoding, pruned, statistics, weight) if run.encoding.bits else None
         unmasked = is_unmasked(run.encoding, target.sparsity)
-        packed, kept = _pack(run.encoding, name, pruned, statistics, parameter.dtype, unmasked=unmasked)
+        packed, kept = _pack(run.encoding, name, pruned, codes, parameter.dtype, unmasked=unmasked)
         parameter.data.copy_(kept)
     return packed
 
@@ -195,25 +198,33 @@ def is_unmasked(encoding: Encoding, sparsity: float) -> bool:
     return encoding.bits > 0 and sparsity == 0
 
 
+def _quantise(encoding: Encoding, pruned: Pruned, statistics: InputStatistics | None, dense: Tensor) -> Quantised:
+    """Return codes for what is kept; with a Gram matrix they make up for each other, and for what was removed."""
+    bits, group_size = encoding.bits, encoding.group_size
+    importance = None if statistics is None else statistics.sum_squares
+    nearest = quantise(pruned.weight, pruned.mask, importance, bits=bits, group_size=group_size)
+    if statistics is None or statistics.gram is None:
+        return nearest
+    return settle(LayerProblem.of(dense, statistics), nearest, pruned.mask, bits=bits, group_size=group_size)
+
+
 def _pack(
     encoding: Encoding,
     name: str,
     pruned: Pruned,
-    statistics: InputStatistics | None,
+    codes: Quantised | None,
     dtype: torch.dtype,
     *,
     unmasked: bool = False,
 ) -> tuple[PackedWeight | DenseWeight, Tensor]:
     """Return a pruned weight as it is stored, and what a reader will make of that."""
-    if not encoding.bits:
+    if codes is None:
         return pack(pruned.weight, pruned.mask), zero_removed(pruned.weight, pruned.mask)
-    importance = None if statistics is None else statistics.sum_squares
-    found = quantise(pruned.weight, pruned.mask, importance, bits=encoding.bits, group_size=encoding.group_size)
     shape = (pruned.mask.shape[0], pruned.mask.shape[1])
     if unmasked:
-        dense = pack_dense(found, encoding)
+        dense = pack_dense(codes, encoding)
         return dense, unpack_dense(dense, shape, name, encoding, dtype)
-    packed = pack_integers(found, pruned.mask, encoding.bits)
+    packed = pack_integers(codes, pruned.mask, encoding.bits)
     return packed, unpack(packed, shape, name, encoding, dtype)[0]
 
 

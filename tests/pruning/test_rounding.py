@@ -1,0 +1,97 @@
+"""Codes that make up for each other's rounding."""
+
+import pytest
+import torch
+
+from secateur.checkpoint.quantise import OFFSETS, RANGES, dequantise, quantise
+from secateur.pruning.layer_problem import LayerProblem
+from secateur.pruning.masks import Target, keep_top
+from secateur.pruning.rounding import settle
+from tests.pruning.test_gram_methods import damped, error, layer, statistics
+from tests.pruning.tiny_derivation import calibration, derive_tiny, masks_and_weights
+from tests.tiny import save_tiny
+
+
+def rounded(weight, inputs, bits, group_size=32, sparsity=0.5, sweeps=4):
+    """Return (nearest codes, settled codes, mask) of a weight pruned by Wanda."""
+    found = statistics(inputs)
+    mask = keep_top(weight.abs() * found.input_norms, Target(sparsity))
+    options = {"bits": bits, "group_size": group_size}
+    nearest = quantise(weight, mask, found.sum_squares, **options)
+    return nearest, settle(LayerProblem.of(weight, found), nearest, mask, **options, sweeps=sweeps), mask
+
+
+def loss(quantised, weight, inputs, bits, group_size=32):
+    return error(dequantise(quantised, bits=bits, group_size=group_size), weight, damped(inputs))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_each_sweep_leaves_less_error(bits, sparsity):
+    weight, inputs = layer(width=150)
+    losses = []
+    for sweeps in range(5):
+        nearest, settled, mask = rounded(weight, inputs, bits, sparsity=sparsity, sweeps=sweeps)
+        assert torch.equal(nearest.scales, settled.scales)
+        assert (settled.codes[~mask] == OFFSETS[bits]).all()
+        codes = settled.codes.int() - OFFSETS[bits]
+        assert RANGES[bits][0] <= codes.min() and codes.max() <= RANGES[bits][1]
+        losses.append(loss(settled, weight, inputs, bits))
+    assert losses[0] == loss(nearest, weight, inputs, bits)
+    assert losses == sorted(losses, reverse=True)
+    # What pruning has cost can be made up for in part; where nothing was pruned, all is rounding.
+    assert losses[-1] < (0.7 if sparsity == 0 else 0.85) * losses[0]
+
+
+def test_in_the_end_no_other_code_of_a_weight_would_be_better():
+    weight, inputs = layer(rows=3, width=40)
+    _, settled, mask = rounded(weight, inputs, 4, sweeps=100)
+    best = loss(settled, weight, inputs, 4)
+    for row, column in mask.nonzero().tolist():
+        before = int(settled.codes[row, column])
+        for code in range(16):
+            settled.codes[row, column] = code
+            assert loss(settled, weight, inputs, 4) >= best - 1e-7
+        settled.codes[row, column] = before
+
+
+def test_beside_the_best_of_all_codes():
+    """All codes of rows of five weights are tried out."""
+    weight, inputs = layer(rows=12, width=5, seed=3)
+    gram = damped(inputs)
+    nearest, settled, _ = rounded(weight, inputs, 4, sparsity=0)
+    scales = nearest.scales.double()
+
+    def row_loss(values, row):
+        difference = values - weight[row].double()
+        return float(difference @ gram @ difference)
+
+    ours = best = simple = 0.0
+    every = torch.cartesian_prod(*[torch.arange(-8.0, 8.0)] * 5).double()
+    for row in range(12):
+        differences = every * scales[row] - weight[row].double()
+        best += float((differences @ gram * differences).sum(1).min())
+        ours += row_loss((settled.codes[row].double() - 8) * scales[row], row)
+        simple += row_loss((nearest.codes[row].double() - 8) * scales[row], row)
+    assert best <= ours * (1 + 1e-6)
+    assert ours - best < 0.5 * (simple - best)
+
+
+def test_groups_without_a_scale_stay_empty():
+    weight, inputs = layer(width=64)
+    weight[:, :32] = 0
+    nearest, settled, _ = rounded(weight, inputs, 4, sparsity=0)
+    assert not nearest.scales[:, 0].any()
+    assert (settled.codes[:, :32] == 8).all()
+
+
+@pytest.mark.parametrize("values", ["int4", "int8"])
+def test_a_derivation_with_a_gram_matrix_rounds_so(tmp_path, monkeypatch, values):
+    base = save_tiny(tmp_path / "base")
+    derive_tiny(base, tmp_path / "settled", method="admm", values=values, calibration=calibration(samples=20))
+    monkeypatch.setattr("secateur.pruning.loop.settle", lambda problem, quantised, mask, **options: quantised)
+    derive_tiny(base, tmp_path / "nearest", method="admm", values=values, calibration=calibration(samples=20))
+    settled, nearest = (masks_and_weights(tmp_path / name) for name in ("settled", "nearest"))
+    first = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(settled[first][0], nearest[first][0])
+    assert not torch.equal(settled[first][1], nearest[first][1])
