@@ -70,6 +70,27 @@ def test_products_of_features_are_exact_to_float32(dtype):
     assert collect(block, inputs)[0]["gate"].gram is None
 
 
+def test_products_with_what_the_parent_receives():
+    """Rows of `cross` belong to the parent's features, columns to those of the pass that is watched."""
+    block, inputs = Feedforward(), batches()
+    parents = [x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(inputs)]
+    outputs = []
+    with torch.no_grad(), StatisticsCollector(block, LINEARS, stop_early=True, gram=True) as collector:
+        for z, x in zip(parents, inputs, strict=True):
+            outputs.append(collector.run_parent(lambda z=z: block(z)))
+            collector.run(lambda x=x: block(x))
+    with torch.no_grad():
+        assert all(torch.equal(output, block(z)) for output, z in zip(outputs, parents, strict=True))
+    results = collector.results()
+    for name, feed in (("up", lambda x: x), ("down", lambda x: block.gate(x).relu() * block.up(x))):
+        with torch.no_grad():
+            z, x = (feed(torch.cat(one).reshape(-1, 8)).double() for one in (parents, inputs))
+        torch.testing.assert_close(results[name].cross.double(), z.T @ x, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(results[name].gram.double(), x.T @ x, rtol=1e-4, atol=1e-2)
+    assert results["gate"].n_tokens == 3 * 2 * 700
+    assert collect(block, inputs, gram=True)[0]["gate"].cross is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_watching_changes_no_input_and_no_output(dtype):
     block, inputs = Feedforward().to(dtype), batches(dtype)

@@ -1,18 +1,19 @@
 """Methods with a Gram matrix: against slow references, against the exact optimum, and in whole derivations."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
 import torch
 
 from secateur.calibration.statistics import InputStatistics
-from secateur.pruning.layer_problem import DAMPING, LayerProblem, refit
+from secateur.pruning.layer_problem import CORRECTION, DAMPING, LayerProblem, refit
 from secateur.pruning.masks import Target, keep_top
 from secateur.pruning.methods import METHODS
 from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights
 from tests.tiny import save_tiny
 
-GRAM_METHODS = [name for name in METHODS.names() if METHODS.get(name).needs == "gram"]
+GRAM_METHODS = [name for name in METHODS.names() if METHODS.get(name).needs_gram]
 
 
 def layer(rows=24, width=48, tokens=400, seed=0):
@@ -61,6 +62,22 @@ def test_refit_finds_the_best_values_for_a_mask():
     assert errors[0] == pytest.approx(error(weight * mask, weight, gram), rel=1e-4)
     assert all(after <= before * (1 + 1e-4) for before, after in pairwise(errors))
     assert errors[-1] == pytest.approx(error(exact(weight, mask, gram), weight, gram), rel=1e-3)
+
+
+def test_a_weight_makes_up_for_a_part_of_the_drift_of_its_inputs():
+    """Least squares of W X against the products of the dense weight with inputs half-way between X and the parent's."""
+    weight, parents = layer()
+    inputs = parents @ (torch.eye(48) + 0.1 * torch.randn(48, 48, generator=torch.Generator().manual_seed(1)))
+    found = replace(statistics(inputs), cross=parents.T @ inputs)
+    problem = LayerProblem.of(weight, found)
+    mask = keep_top(weight.abs(), Target(0.5))
+    ours = problem.restored(refit(problem, problem.dense, mask, 100), weight)
+    gram, mixed = damped(inputs), ((1 - CORRECTION) * inputs + CORRECTION * parents).double()
+    wanted = weight.double() @ (mixed.T @ inputs.double() + DAMPING * torch.diag(found.gram.diagonal()).double())
+    for row in range(len(weight)):
+        kept = mask[row].nonzero().flatten()
+        expected = torch.linalg.solve(gram[kept][:, kept], wanted[row, kept])
+        torch.testing.assert_close(ours[row, kept].double(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_refit_leaves_alone_what_cannot_be_better():

@@ -89,7 +89,7 @@ def test_groups_without_a_scale_stay_empty():
 def test_a_derivation_with_a_gram_matrix_rounds_so(tmp_path, monkeypatch, values):
     base = save_tiny(tmp_path / "base")
     derive_tiny(base, tmp_path / "settled", method="admm", values=values, calibration=calibration(samples=20))
-    monkeypatch.setattr("secateur.pruning.loop.settle", lambda problem, quantised, mask, **options: quantised)
+    monkeypatch.setattr("secateur.pruning.weight.settle", lambda problem, quantised, mask, **options: quantised)
     derive_tiny(base, tmp_path / "nearest", method="admm", values=values, calibration=calibration(samples=20))
     settled, nearest = (masks_and_weights(tmp_path / name) for name in ("settled", "nearest"))
     first = "model.layers.0.self_attn.q_proj.weight"

@@ -12,7 +12,7 @@ from secateur.calibration.statistics import InputStatistics
 from secateur.checkpoint.format import MANIFEST, STATE
 from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.errors import ConfigError, OutputError
-from secateur.pruning import loop
+from secateur.pruning import weight as step
 from tests.pruning.test_reference import reference_masks
 from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights, shards
 from tests.tiny import save_tiny
@@ -78,13 +78,13 @@ def test_what_is_put_into_the_block_is_what_a_reader_unpacks():
     """In the block's precision, bit for bit: a resumed run takes it from the shard."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(20, 100, generator=generator).bfloat16()
-    pruned = loop.Pruned(weight, torch.rand(20, 100, generator=generator) < 0.5)
+    pruned = step.Pruned(weight, torch.rand(20, 100, generator=generator) < 0.5)
     statistics = InputStatistics(torch.rand(100, generator=generator), 7)
-    encoding = loop.Encoding("int4", 32)
-    codes = loop._quantise(encoding, pruned, statistics, weight)
-    packed, kept = loop._pack(encoding, "w", pruned, codes, torch.bfloat16)
+    encoding = step.Encoding("int4", 32)
+    codes = step._quantise(encoding, pruned, statistics, weight)
+    packed, kept = step._pack(encoding, "w", pruned, codes, torch.bfloat16)
     assert kept.dtype == torch.bfloat16
-    exact, mask = loop.unpack(packed, (20, 100), "w", encoding)
+    exact, mask = step.unpack(packed, (20, 100), "w", encoding)
     assert torch.equal(kept, exact.bfloat16())
     assert torch.equal(mask, pruned.mask)
 

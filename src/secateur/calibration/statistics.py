@@ -33,11 +33,15 @@ class InputStatistics:
         Number of tokens that were summed.
     gram
         float32 [in_features, in_features], symmetric: the sum of x_i x_j over tokens; None where nobody asked for it.
+    cross
+        float32 [in_features, in_features]: the sum of z_i x_j, where z is what the same input was in the parent; None
+        where that is not known.
     """
 
     sum_squares: Tensor
     n_tokens: int
     gram: Tensor | None = None
+    cross: Tensor | None = None
 
     @property
     def input_norms(self) -> Tensor:
@@ -51,23 +55,32 @@ class _Sum:
     def __init__(self, in_features: int, device: torch.device, *, gram: bool) -> None:
         self.total = torch.zeros(in_features, dtype=torch.float64)
         self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
+        self.cross: Tensor | None = None
         self.n_tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
+    def add(self, inputs: Tensor, parents: Tensor | None) -> None:
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
         for part in torch.split(rows, _ROWS):
             # A copy even of float32 inputs: they are what the block goes on computing with.
             squares = part.to(torch.float32, copy=True).square_()
             self.total += squares.sum(0).to("cpu", torch.float64)
         if self.gram is not None:
-            with _fast_products(rows.dtype):
-                for part in torch.split(rows, _GRAM_ROWS):
-                    slab = part.float()
-                    self.gram.addmm_(slab.T, slab)
+            self._add_products(rows, None if parents is None else parents.detach().reshape(rows.shape))
         self.n_tokens += rows.shape[0]
 
+    def _add_products(self, rows: Tensor, parents: Tensor | None) -> None:
+        assert self.gram is not None  # noqa: S101 - the only caller has looked
+        if parents is not None and self.cross is None:
+            self.cross = torch.zeros_like(self.gram)
+        with _fast_products(rows.dtype):
+            for begin in range(0, len(rows), _GRAM_ROWS):
+                slab = rows[begin : begin + _GRAM_ROWS].float()
+                self.gram.addmm_(slab.T, slab)
+                if parents is not None and self.cross is not None:
+                    self.cross.addmm_(parents[begin : begin + _GRAM_ROWS].float().T, slab)
+
     def result(self) -> InputStatistics:
-        return InputStatistics(self.total.float(), self.n_tokens, self.gram)
+        return InputStatistics(self.total.float(), self.n_tokens, self.gram, self.cross)
 
 
 @contextmanager
@@ -86,7 +99,8 @@ class StatisticsCollector:
 
     Used as a context manager around the forward passes; `results()` afterwards. With `stop_early` the forward pass
     ends by raising `AllCollected` once the last of the weights has received its input, because what the block would
-    compute after that changes no statistic. With `gram` the products of all pairs of features are summed too.
+    compute after that changes no statistic. With `gram` the products of all pairs of features are summed too, and, for
+    a pass that `run_parent` has prepared, those with the parent's features.
     """
 
     def __init__(self, block: nn.Module, linears: tuple[str, ...], *, stop_early: bool, gram: bool = False) -> None:
@@ -95,6 +109,8 @@ class StatisticsCollector:
         self._sums: dict[str, _Sum] = {}
         self._leader: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
+        self._parents: dict[str, Tensor] | None = None
+        self._in_parent = False
         self._calls: list[str] = []
         self._last_called: str | None = None
         self._handles: list[Any] = []
@@ -111,6 +127,9 @@ class StatisticsCollector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def watch(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             inputs = arguments[0]
+            if self._in_parent and self._parents is not None:
+                self._parents[name] = inputs
+                return
             if self._last is not None and self._last[1] is inputs:
                 leader = self._last[0]
             else:
@@ -118,7 +137,7 @@ class StatisticsCollector:
                 self._last = (name, inputs)
                 if name not in self._sums:
                     self._sums[name] = _Sum(inputs.shape[-1], inputs.device, gram=self._gram)
-                self._sums[name].add(inputs)
+                self._sums[name].add(inputs, self._parents[name] if self._parents else None)
             if self._leader.setdefault(name, leader) != leader:
                 raise ModelError(f"{name} shared its input with {self._leader[name]} in one batch but not in another")
             self._calls.append(name)
@@ -126,6 +145,14 @@ class StatisticsCollector:
                 raise AllCollected
 
         return watch
+
+    def run_parent(self, forward: Callable[[], Any]) -> Any:
+        """Run a batch as the parent does, note what the weights receive for the next `run`, and return the output."""
+        self._parents, self._in_parent = {}, True
+        try:
+            return forward()
+        finally:
+            self._in_parent = False
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """Run one forward pass and return its output, or None where it was stopped early."""
@@ -135,6 +162,7 @@ class StatisticsCollector:
             output = forward()
         except AllCollected:
             output = None
+        self._parents = None
         if self._stop_early and self._last_called is None:
             self._last_called = self._only_last_call()
         return output

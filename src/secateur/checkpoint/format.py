@@ -22,9 +22,10 @@ INDEX = "model.safetensors.index.json"
 CARD = "README.md"
 STATE = "derivation.state.json"
 ACTIVATIONS = "activations.bin"
+PARENT_ACTIVATIONS = "activations-parent.bin"
 LOCK = "derivation.lock"
 # The manifest cannot hold its own hash; the others tell how the work went, or exist only while it goes on.
-NOT_HASHED = (MANIFEST, LOG, STATE, ACTIVATIONS, LOCK)
+NOT_HASHED = (MANIFEST, LOG, STATE, ACTIVATIONS, PARENT_ACTIVATIONS, LOCK)
 
 FLOAT_VALUES = ("bf16", "fp16", "fp32")
 INTEGER_BITS = {"int8": 8, "int4": 4}

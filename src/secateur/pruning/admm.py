@@ -14,7 +14,7 @@ _STEPS = 5  # with each of them
 _REFIT_STEPS = 10
 
 
-@register("admm", needs="gram")
+@register("admm", needs="cross_gram")
 def admm(weight: Tensor, statistics: InputStatistics | None, target: Target) -> Pruned:
     """Find mask and weights together by alternating directions, then refit what is kept (Meng et al. 2024, alg. 1).
 
@@ -23,7 +23,6 @@ def admm(weight: Tensor, statistics: InputStatistics | None, target: Target) -> 
     assert statistics is not None  # noqa: S101 - the pipeline gives what `needs` names
     problem = LayerProblem.of(weight, statistics)
     identity = torch.eye(len(problem.gram), device=weight.device)
-    aim = problem.dense @ problem.gram
     dense, dual = problem.dense, torch.zeros_like(problem.dense)  # the dual is divided by the penalty
     previous = _PENALTIES[0]
     for penalty in _PENALTIES:
@@ -32,7 +31,7 @@ def admm(weight: Tensor, statistics: InputStatistics | None, target: Target) -> 
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.gram + penalty * identity))
         for _ in range(_STEPS):
             sparse, _ = _sparse(dense + dual, target)
-            dense = (aim + penalty * (sparse - dual)) @ inverse
+            dense = (problem.aim + penalty * (sparse - dual)) @ inverse
             dual += dense - sparse
     sparse, mask = _sparse(dense + dual, target)
     return Pruned(problem.restored(refit(problem, sparse, mask, _REFIT_STEPS), weight), mask.cpu())

@@ -76,6 +76,7 @@ def make_forecast(
     encoding: Encoding = FLOATS,
     trimmed: bool = False,
     gram: bool = False,
+    streams: int = 1,
 ) -> Forecast:
     """Forecast a derivation.
 
@@ -102,6 +103,8 @@ def make_forecast(
         Whether the rows of the head are reordered.
     gram
         Whether the method needs the Gram matrices of the inputs.
+    streams
+        2 when the calibration set runs through the dense model too.
 
     Raises
     ------
@@ -114,12 +117,12 @@ def make_forecast(
     largest = max(sum(p.numel() for p in model.get_submodule(block.name).parameters()) for block in blocks)
     sizes = [model.get_parameter(b.weight_name(n)).numel() for b in blocks for n in b.prunable]
     side_by_side = sum(sorted(sizes, reverse=True)[:threads])
-    activations = tokens * hidden * itemsize
+    activations = streams * tokens * hidden * itemsize
     batch = min(batch_tokens, tokens) * itemsize * (INTERMEDIATE_COPIES * intermediate + HIDDEN_COPIES * hidden)
     # Dense weights and packed ones of a block; scores, their partition and positions of the weights pruned at once.
     working = 2 * largest * itemsize + 16 * side_by_side + batch
     if gram:
-        working += max(_gram_bytes(model, block) for block in blocks)
+        working += max(_gram_bytes(model, block, streams) for block in blocks)
     outer = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
     rounded = _rounded_entries(model) if encoding.bits else 0
     # Reordered rows are a second copy of what is written.
@@ -152,12 +155,12 @@ def make_forecast(
     return forecast
 
 
-def _gram_bytes(model: PreTrainedModel, block: Block) -> int:
+def _gram_bytes(model: PreTrainedModel, block: Block, streams: int) -> int:
     """Return what the Gram matrices of a block take, as if no weights shared one, and solving the largest."""
     shapes = [model.get_parameter(block.weight_name(linear)).shape for linear in block.prunable]
     grams = sum(shape[1] ** 2 for shape in shapes)
     solving = max(GRAM_COPIES * shape[1] ** 2 + WEIGHT_COPIES * shape.numel() for shape in shapes)
-    return int(FLOAT_BYTES * (grams + solving))
+    return int(FLOAT_BYTES * (streams * grams + solving))
 
 
 def _rounded_entries(model: PreTrainedModel) -> int:

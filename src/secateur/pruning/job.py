@@ -21,6 +21,7 @@ from secateur.checkpoint.format import (
     FLOATS,
     LOG,
     MANIFEST,
+    PARENT_ACTIVATIONS,
     Encoding,
     Stored,
     StoredWeights,
@@ -39,10 +40,12 @@ from secateur.models.replay import record_inputs
 from secateur.models.source import ModelFolder
 from secateur.models.structure import Block, embedding_weights, find_blocks
 from secateur.models.weights import WeightReader, drop_parameters, load_skeleton, set_parameters
+from secateur.pruning.activations import Activations
 from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.forecast import TOKENS_PER_BATCH, Forecast, make_forecast
-from secateur.pruning.loop import Activations, BlockRun, Progress, is_unmasked, prune_blocks
+from secateur.pruning.loop import BlockRun, Progress, prune_blocks
 from secateur.pruning.methods import METHODS
+from secateur.pruning.weight import is_unmasked
 from secateur.pruning.workspace import Workspace
 
 TOKEN_FILES = ("config.json", "generation_config.json")
@@ -149,8 +152,14 @@ def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspac
         output=workspace,
         encoding=encoding_of(recipe),
         trimmed=recipe.trim_vocabulary,
-        gram=METHODS.get(recipe.method).needs == "gram",
+        gram=METHODS.get(recipe.method).needs_gram,
+        streams=2 if follows_parent(recipe) else 1,
     )
+
+
+def follows_parent(recipe: Recipe) -> bool:
+    """Return whether the calibration set runs through the dense model too, beside the pruned one."""
+    return recipe.propagate and METHODS.get(recipe.method).needs == "cross_gram"
 
 
 def encoding_of(recipe: Recipe) -> Encoding:
@@ -240,6 +249,7 @@ class Job:
         started = time.perf_counter()
         model, dtype, batch_size = self.base.model, self.base.dtype(), _batch_size(self.recipe)
         hidden_states = self._empty_activations(dtype)
+        parent = self._empty_activations(dtype, PARENT_ACTIVATIONS) if follows_parent(self.recipe) else None
         decoder = model.get_decoder()
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         outer = [name for name in self.base.outer_names() if name.startswith(f"{prefix}.")]
@@ -255,15 +265,17 @@ class Job:
             )
             for name in outer:
                 drop_parameters(model.get_submodule(name.rpartition(".")[0]))
+        if parent is not None:
+            parent.copy_(hidden_states)
         timings["embed"] = time.perf_counter() - started
-        return Activations(hidden_states, inputs, batch_size)
+        return Activations(hidden_states, parent, inputs, batch_size)
 
-    def _empty_activations(self, dtype: torch.dtype) -> Tensor:
+    def _empty_activations(self, dtype: torch.dtype, name: str = ACTIVATIONS) -> Tensor:
         """Return [samples, sequence_length, hidden_size], in memory or in a mapped file as the forecast says."""
         shape = (*self.calibration.token_ids.shape, self.base.model.config.get_text_config(decoder=True).hidden_size)
         if not self.forecast.map_activations:
             return torch.empty(shape, dtype=dtype)
-        path, size = self.workspace.folder / ACTIVATIONS, math.prod(shape)
+        path, size = self.workspace.folder / name, math.prod(shape)
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a crash when a page is touched
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)

@@ -3,6 +3,10 @@
 Of all sparse W the one is sought whose products with the calibration inputs X are nearest to those of the dense V:
 minimise ||(W - V) X||_F^2 = tr((W - V) G (W - V)^T) with G = X X^T. Columns are scaled by the norms of their inputs, so
 that G has a diagonal of ones, a damping means the same everywhere, and |W_ij| is the score of Wanda.
+
+Behind pruned blocks the inputs X are no longer those of the parent, Z. Where both are known the products W X are to be
+near to V ((1 - c) X + c Z), so that W makes up for a part of what has gone wrong before it. Only V G changes then, to
+V ((1 - c) G + c Z X^T).
 """
 
 from dataclasses import dataclass
@@ -15,6 +19,8 @@ from secateur.errors import ModelError
 
 DAMPING = 0.01  # of the mean of the diagonal (Frantar & Alistarh 2023, section 3.3)
 _MAX_DAMPING = 1.0
+# How much of the drift of the inputs a weight makes up for, c above: all of it fits the calibration text too closely.
+CORRECTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,14 @@ class LayerProblem:
         float32 [in_features, in_features]: the scaled Gram matrix, with its damping; the diagonal is 1 + `DAMPING`.
     norms
         float32 [in_features]: what columns were multiplied with; 1 for inputs that were always 0.
+    aim
+        float32 [out_features, in_features]: what W G should be. That is V G, but for the drift of the inputs.
     """
 
     dense: Tensor
     gram: Tensor
     norms: Tensor
+    aim: Tensor
 
     @classmethod
     def of(cls, weight: Tensor, statistics: InputStatistics) -> "LayerProblem":
@@ -45,7 +54,12 @@ class LayerProblem:
         norms = torch.where(alive, norms, torch.ones_like(norms))
         scaled = gram / norms / norms[:, None]
         scaled.diagonal().fill_(1 + DAMPING)
-        return cls(weight.float() * norms * alive, scaled, norms)
+        dense = weight.float() * norms * alive
+        aim = dense @ scaled
+        if statistics.cross is not None:
+            drift = (statistics.cross.to(weight.device) - gram) / norms / norms[:, None]
+            aim += dense @ drift * CORRECTION
+        return cls(dense, scaled, norms, aim)
 
     def restored(self, scaled: Tensor, original: Tensor) -> Tensor:
         """Return a scaled weight in the scale and precision of the original.
@@ -78,13 +92,6 @@ class LayerProblem:
             added = 10 * added or DAMPING
         raise ModelError("the inputs of a weight have a Gram matrix that cannot be inverted; prune it with wanda")
 
-    def relative_error(self, scaled: Tensor) -> float:
-        """Return ||(W - V) X||^2 / ||V X||^2 of a scaled weight, the damping included."""
-        difference = scaled - self.dense
-        wrong = (difference @ self.gram * difference).sum(dtype=torch.float64)
-        whole = (self.dense @ self.gram * self.dense).sum(dtype=torch.float64)
-        return float(wrong / whole) if whole > 0 else 0.0
-
 
 def refit(problem: LayerProblem, scaled: Tensor, mask: Tensor, steps: int) -> Tensor:
     """Return the weight, zero outside the mask, that `steps` of conjugate gradients from a scaled weight lead to.
@@ -93,7 +100,7 @@ def refit(problem: LayerProblem, scaled: Tensor, mask: Tensor, steps: int) -> Te
     """
     kept = mask.to(scaled.dtype)
     found = scaled * kept
-    residual = (problem.dense - found) @ problem.gram * kept
+    residual = (problem.aim - found @ problem.gram) * kept
     direction, size = residual.clone(), residual.square().sum(1, keepdim=True)
     tiny = 1e-12 * problem.dense.square().sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     for _ in range(steps):

@@ -6,7 +6,7 @@ that is needed to go on after an interruption: its block is run again from the s
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,47 +16,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.calibration.statistics import InputStatistics, StatisticsCollector
-from secateur.checkpoint.bitmask import PackedWeight, pack, pack_integers, unpack
-from secateur.checkpoint.dense import DenseWeight, pack_dense, unpack_dense
+from secateur.checkpoint.bitmask import PackedWeight
+from secateur.checkpoint.dense import DenseWeight
 from secateur.checkpoint.format import Encoding, Stored, StoredWeights
-from secateur.checkpoint.quantise import Quantised, quantise
 from secateur.checkpoint.shards import read_shard, write_block_shard
 from secateur.config import Recipe
 from secateur.errors import CheckpointError, ModelError
 from secateur.files import release_freed_memory
-from secateur.models.replay import BlockInputs, run_block
+from secateur.models.replay import run_block
 from secateur.models.structure import Block
 from secateur.models.weights import WeightReader, drop_parameters, set_parameters
-from secateur.pruning.layer_problem import LayerProblem
-from secateur.pruning.masks import Target, zero_removed
-from secateur.pruning.method import Method, Pruned
+from secateur.pruning.activations import Activations
+from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
-from secateur.pruning.rounding import settle
+from secateur.pruning.weight import is_unmasked, prune_weight
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Activations:
-    """The inputs of the current block for the whole calibration set, overwritten as the loop goes on.
-
-    Attributes
-    ----------
-    hidden_states
-        [samples, sequence_length, hidden_size] in the model's precision, in memory or mapped.
-    inputs
-        The other arguments of each block.
-    batch_size
-        Sequences in one forward pass.
-    """
-
-    hidden_states: Tensor
-    inputs: BlockInputs
-    batch_size: int
-
-    def batches(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield (batch number, view [batch, sequence_length, hidden_size])."""
-        yield from enumerate(torch.split(self.hidden_states, self.batch_size))
 
 
 @dataclass(frozen=True)
@@ -135,10 +110,12 @@ def _load_block(run: BlockRun, block: Block, module: nn.Module) -> dict[str, Ten
 def _collect(run: BlockRun, block: Block, module: nn.Module) -> Mapping[str, InputStatistics]:
     if run.activations is None:
         return {}
-    propagate, gram = run.recipe.propagate, METHODS.get(run.recipe.method).needs == "gram"
+    propagate, gram = run.recipe.propagate, METHODS.get(run.recipe.method).needs_gram
     with StatisticsCollector(module, block.prunable, stop_early=propagate, gram=gram) as collector:
-        for batch, hidden in run.activations.batches():
+        for batch, hidden, parent in run.activations.batches():
             call = run.activations.inputs.get(block.index, batch)
+            if parent is not None:  # the block is still the parent's
+                parent.copy_(collector.run_parent(lambda: _forward(run, module, parent, call)))  # noqa: B023
             output = collector.run(lambda: _forward(run, module, hidden, call))  # noqa: B023 - called at once
             if not propagate:
                 hidden.copy_(output)
@@ -161,71 +138,17 @@ def _prune_weights(
     def prune(linear: str) -> tuple[str, PackedWeight | DenseWeight]:
         name = block.weight_name(linear)
         weight = module.get_parameter(f"{linear}.weight")
-        return name, _prune_weight(run, method, name, originals[name], weight, statistics.get(linear))
+        # crc32 is a stable way to give each weight its own random numbers; nothing depends on it being strong.
+        target = Target(run.sparsity[name], run.recipe.granularity, run.recipe.seed ^ zlib.crc32(name.encode()))
+        original, found = originals[name].to(run.device), statistics.get(linear)
+        packed, kept = prune_weight(method, target, run.encoding, name, original, found, weight.dtype)
+        weight.data.copy_(kept)
+        return name, packed
 
     # Methods with a Gram matrix are products and factorisations, which use all threads by themselves.
-    workers = 1 if method.needs == "gram" else max(1, torch.get_num_threads())
+    workers = 1 if method.needs_gram else max(1, torch.get_num_threads())
     with ThreadPoolExecutor(max_workers=workers) as pool:
         return dict(pool.map(prune, block.prunable))
-
-
-def _prune_weight(  # noqa: PLR0917
-    run: BlockRun,
-    method: Method,
-    name: str,
-    original: Tensor,
-    parameter: Tensor,
-    statistics: InputStatistics | None,
-) -> PackedWeight | DenseWeight:
-    """Prune a weight in its own precision, quantise it, and put the result in the place of the block's parameter."""
-    # crc32 is a stable way to give each weight its own random numbers; nothing depends on it being strong.
-    target = Target(run.sparsity[name], run.recipe.granularity, run.recipe.seed ^ zlib.crc32(name.encode()))
-    with torch.inference_mode():
-        weight = original.to(run.device)
-        if target.sparsity == 0:  # what loses nothing stays as it is, to the bit
-            pruned = Pruned(weight, torch.ones(weight.shape, dtype=torch.bool))
-        else:
-            pruned = method.function(weight, statistics, target)
-        codes = _quantise(run.encoding, pruned, statistics, weight) if run.encoding.bits else None
-        unmasked = is_unmasked(run.encoding, target.sparsity)
-        packed, kept = _pack(run.encoding, name, pruned, codes, parameter.dtype, unmasked=unmasked)
-        parameter.data.copy_(kept)
-    return packed
-
-
-def is_unmasked(encoding: Encoding, sparsity: float) -> bool:
-    """Return whether a weight is stored without a bitmask: one that loses no entry, where values are integers."""
-    return encoding.bits > 0 and sparsity == 0
-
-
-def _quantise(encoding: Encoding, pruned: Pruned, statistics: InputStatistics | None, dense: Tensor) -> Quantised:
-    """Return codes for what is kept; with a Gram matrix they make up for each other, and for what was removed."""
-    bits, group_size = encoding.bits, encoding.group_size
-    importance = None if statistics is None else statistics.sum_squares
-    nearest = quantise(pruned.weight, pruned.mask, importance, bits=bits, group_size=group_size)
-    if statistics is None or statistics.gram is None:
-        return nearest
-    return settle(LayerProblem.of(dense, statistics), nearest, pruned.mask, bits=bits, group_size=group_size)
-
-
-def _pack(
-    encoding: Encoding,
-    name: str,
-    pruned: Pruned,
-    codes: Quantised | None,
-    dtype: torch.dtype,
-    *,
-    unmasked: bool = False,
-) -> tuple[PackedWeight | DenseWeight, Tensor]:
-    """Return a pruned weight as it is stored, and what a reader will make of that."""
-    if codes is None:
-        return pack(pruned.weight, pruned.mask), zero_removed(pruned.weight, pruned.mask)
-    shape = (pruned.mask.shape[0], pruned.mask.shape[1])
-    if unmasked:
-        dense = pack_dense(codes, encoding)
-        return dense, unpack_dense(dense, shape, name, encoding, dtype)
-    packed = pack_integers(codes, pruned.mask, encoding.bits)
-    return packed, unpack(packed, shape, name, encoding, dtype)[0]
 
 
 def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
@@ -239,6 +162,7 @@ def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
         tensors = read_shard(path, Stored(StoredWeights(run.encoding, shapes), unmasked=unmasked), dtype)
         if run.activations is None:
             return
+        _propagate_parent(run, block, module)
         if run.recipe.propagate:
             prefix = len(block.name) + 1
             set_parameters(module, {name[prefix:]: t.to(run.device, dtype) for name, t in tensors.items()})
@@ -252,8 +176,18 @@ def _propagate(run: BlockRun, block: Block, module: nn.Module) -> None:
     """Replace the activations by the block's outputs; the outputs of the last block are of no use."""
     if run.activations is None or block.index == len(run.blocks) - 1:
         return
-    for batch, hidden in run.activations.batches():
+    for batch, hidden, _ in run.activations.batches():
         hidden.copy_(_forward(run, module, hidden, run.activations.inputs.get(block.index, batch)))
+
+
+def _propagate_parent(run: BlockRun, block: Block, module: nn.Module) -> None:
+    """Replace the parent's activations, where there are any, by the outputs of the dense block."""
+    if run.activations is None or run.activations.parent is None or block.index == len(run.blocks) - 1:
+        return
+    _load_block(run, block, module)
+    for batch, _, parent in run.activations.batches():
+        if parent is not None:
+            parent.copy_(_forward(run, module, parent, run.activations.inputs.get(block.index, batch)))
 
 
 def _forward(run: BlockRun, module: nn.Module, hidden: Tensor, call: object) -> Tensor:

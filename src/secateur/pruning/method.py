@@ -13,7 +13,8 @@ from secateur.calibration.statistics import InputStatistics
 from secateur.pruning.masks import Target
 from secateur.registry import Registry
 
-Needs = Literal["nothing", "input_norms", "gram"]
+# Each includes the one before. `gram`: products of all pairs of inputs; `cross_gram`: also with the parent's inputs.
+Needs = Literal["nothing", "input_norms", "gram", "cross_gram"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Method:
     needs: Needs
     function: MethodFunction
     summary: str
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether it needs the Gram matrix of the inputs."""
+        return self.needs in {"gram", "cross_gram"}
 
 
 METHODS: Registry[Method] = Registry("method")

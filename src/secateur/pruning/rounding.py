@@ -40,7 +40,7 @@ def settle(
     steps = quantised.scales.to(device).float().repeat_interleave(group_size, 1)[:, :width] * problem.norms
     free = mask.to(device) & (steps != 0)
     inverse = torch.where(free, 1 / torch.where(free, steps, 1.0), 0.0) / gram.diagonal()
-    residual = (problem.dense - codes * steps) @ gram
+    residual = problem.aim - (codes * steps) @ gram
     for _ in range(sweeps):
         changed = False
         for begin in range(0, width, _BLOCK):

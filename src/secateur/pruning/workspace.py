@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from secateur.checkpoint.format import ACTIVATIONS, LOCK, MANIFEST, STATE, dump_json, read_json
+from secateur.checkpoint.format import ACTIVATIONS, LOCK, MANIFEST, PARENT_ACTIVATIONS, STATE, dump_json, read_json
 from secateur.errors import CheckpointError, ConfigError, OutputError
 from secateur.files import atomic_write_bytes, make_parents, remove_empty
 
@@ -78,7 +78,7 @@ class Workspace:
             raise OutputError(
                 f"output {str(self.output)!r} appeared while it was derived; the result is in {str(self.folder)!r}"
             )
-        for name in (ACTIVATIONS, LOCK):
+        for name in (ACTIVATIONS, PARENT_ACTIVATIONS, LOCK):
             (self.folder / name).unlink(missing_ok=True)
         self.folder.rename(self.output)
         # Last: without its state a folder that a kill kept from being renamed could not be resumed.
