@@ -100,12 +100,21 @@ class StatisticsCollector:
     Used as a context manager around the forward passes; `results()` afterwards. With `stop_early` the forward pass
     ends by raising `AllCollected` once the last of the weights has received its input, because what the block would
     compute after that changes no statistic. With `gram` the products of all pairs of features are summed too, and, for
-    a pass that `run_parent` has prepared, those with the parent's features.
+    a pass that `run_parent` has prepared, those with the parent's features. With `first_only` a pass ends where a
+    weight receives another input than those before it, and there are statistics for these alone.
     """
 
-    def __init__(self, block: nn.Module, linears: tuple[str, ...], *, stop_early: bool, gram: bool = False) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        linears: tuple[str, ...],
+        *,
+        stop_early: bool,
+        gram: bool = False,
+        first_only: bool = False,
+    ) -> None:
         self._linears = {name: block.get_submodule(name) for name in linears}
-        self._stop_early, self._gram = stop_early, gram
+        self._stop_early, self._gram, self._first_only = stop_early and not first_only, gram, first_only
         self._sums: dict[str, _Sum] = {}
         self._leader: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
@@ -127,8 +136,10 @@ class StatisticsCollector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def watch(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             inputs = arguments[0]
+            if self._first_only and self._last is not None and self._last[1] is not inputs:
+                raise AllCollected
             if self._in_parent and self._parents is not None:
-                self._parents[name] = inputs
+                self._parents[name], self._last = inputs, (name, inputs)
                 return
             if self._last is not None and self._last[1] is inputs:
                 leader = self._last[0]
@@ -147,10 +158,15 @@ class StatisticsCollector:
         return watch
 
     def run_parent(self, forward: Callable[[], Any]) -> Any:
-        """Run a batch as the parent does, note what the weights receive for the next `run`, and return the output."""
-        self._parents, self._in_parent = {}, True
+        """Run a batch as the parent does, and note what the weights receive for the next `run`.
+
+        Returns the output, or None where the pass was stopped early.
+        """
+        self._parents, self._in_parent, self._last = {}, True, None
         try:
             return forward()
+        except AllCollected:
+            return None
         finally:
             self._in_parent = False
 
@@ -177,10 +193,10 @@ class StatisticsCollector:
         Raises
         ------
         ModelError
-            When a weight was never used, or its inputs were not finite.
+            When a weight was never used (with `first_only`: when none was), or its inputs were not finite.
         """
         done = {name: one.result() for name, one in self._sums.items()}
-        for name in self._linears:
+        for name in self._leader if self._first_only and self._leader else self._linears:
             if name not in self._leader:
                 raise ModelError(f"{name} received no input in a forward pass, so it cannot be calibrated")
             if not bool(torch.isfinite(done[self._leader[name]].sum_squares).all()):

@@ -23,7 +23,7 @@ def admm(weight: Tensor, statistics: InputStatistics | None, target: Target) -> 
     assert statistics is not None  # noqa: S101 - the pipeline gives what `needs` names
     problem = LayerProblem.of(weight, statistics)
     identity = torch.eye(len(problem.gram), device=weight.device)
-    dense, dual = problem.dense, torch.zeros_like(problem.dense)  # the dual is divided by the penalty
+    dense, dual = problem.best_dense(), torch.zeros_like(problem.dense)  # the dual is divided by the penalty
     previous = _PENALTIES[0]
     for penalty in _PENALTIES:
         dual *= previous / penalty

@@ -70,6 +70,11 @@ class LayerProblem:
         found = (scaled / self.norms).to(original.dtype)
         return torch.where(dead, original, found) if bool(dead.any()) else found
 
+    def best_dense(self) -> Tensor:
+        """Return the solution without a mask: the dense weight, but for the drift of the inputs."""
+        lower = torch.linalg.cholesky(self.gram.double())
+        return torch.cholesky_solve(self.aim.double().T, lower).T.float().contiguous()
+
     def factor(self) -> Tensor:
         """Return the Cholesky factor [in_features, in_features] of the inverse of the Gram matrix, upper, float32.
 

@@ -23,7 +23,7 @@ from secateur.checkpoint.shards import read_shard, write_block_shard
 from secateur.config import Recipe
 from secateur.errors import CheckpointError, ModelError
 from secateur.files import release_freed_memory
-from secateur.models.replay import run_block
+from secateur.models.replay import Call, run_block
 from secateur.models.structure import Block
 from secateur.models.weights import WeightReader, drop_parameters, set_parameters
 from secateur.pruning.activations import Activations
@@ -81,10 +81,15 @@ def _prune_block(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> No
     module = run.model.get_submodule(block.name)
     with timer("read"):
         originals = _load_block(run, block, module)
-    with timer("collect"):
-        statistics = _collect(run, block, module)
-    with timer("prune"):
-        packed = _prune_weights(run, block, module, originals, statistics)
+    packed: dict[str, PackedWeight | DenseWeight] = {}
+    left = block.prunable
+    while left:
+        with timer("collect"):
+            statistics = _collect(run, block, module, left, originals)
+        stage = tuple(linear for linear in left if linear in statistics) if statistics else left
+        with timer("prune"):
+            packed |= _prune_weights(run, block, module, stage, originals, statistics)
+        left = tuple(linear for linear in left if linear not in stage)
     with timer("write"):
         kept_whole = {name: tensor for name, tensor in originals.items() if name not in packed}
         write_block_shard(path, packed, kept_whole)
@@ -107,15 +112,26 @@ def _load_block(run: BlockRun, block: Block, module: nn.Module) -> dict[str, Ten
     return originals
 
 
-def _collect(run: BlockRun, block: Block, module: nn.Module) -> Mapping[str, InputStatistics]:
+def _collect(
+    run: BlockRun, block: Block, module: nn.Module, linears: tuple[str, ...], originals: Mapping[str, Tensor]
+) -> Mapping[str, InputStatistics]:
+    """Return statistics of the weights; of those with the first input alone, where methods change what they keep.
+
+    Then the others are to see what the changed ones put out.
+    """
     if run.activations is None:
         return {}
     propagate, gram = run.recipe.propagate, METHODS.get(run.recipe.method).needs_gram
-    with StatisticsCollector(module, block.prunable, stop_early=propagate, gram=gram) as collector:
+    dtype = module.get_parameter(f"{linears[0]}.weight").dtype
+    dense = {name.removeprefix(f"{block.name}."): one.to(run.device, dtype) for name, one in originals.items()}
+    collector = StatisticsCollector(module, linears, stop_early=propagate, gram=gram, first_only=gram and propagate)
+    with collector:
         for batch, hidden, parent in run.activations.batches():
             call = run.activations.inputs.get(block.index, batch)
-            if parent is not None:  # the block is still the parent's
-                parent.copy_(collector.run_parent(lambda: _forward(run, module, parent, call)))  # noqa: B023
+            if parent is not None:
+                output = collector.run_parent(lambda: _forward(run, module, parent, call, dense))  # noqa: B023
+                if output is not None:  # nothing is left to be collected behind this stage
+                    parent.copy_(output)
             output = collector.run(lambda: _forward(run, module, hidden, call))  # noqa: B023 - called at once
             if not propagate:
                 hidden.copy_(output)
@@ -125,14 +141,15 @@ def _collect(run: BlockRun, block: Block, module: nn.Module) -> Mapping[str, Inp
         raise ModelError(f"{block.name}: {error}") from None
 
 
-def _prune_weights(
+def _prune_weights(  # noqa: PLR0917
     run: BlockRun,
     block: Block,
     module: nn.Module,
+    linears: tuple[str, ...],
     originals: Mapping[str, Tensor],
     statistics: Mapping[str, InputStatistics],
 ) -> dict[str, PackedWeight | DenseWeight]:
-    """Prune the weights of the block in place, side by side in threads, and return them packed."""
+    """Prune weights of the block in place, side by side in threads, and return them packed."""
     method = METHODS.get(run.recipe.method)
 
     def prune(linear: str) -> tuple[str, PackedWeight | DenseWeight]:
@@ -145,10 +162,10 @@ def _prune_weights(
         weight.data.copy_(kept)
         return name, packed
 
-    # Methods with a Gram matrix are products and factorisations, which use all threads by themselves.
-    workers = 1 if method.needs_gram else max(1, torch.get_num_threads())
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        return dict(pool.map(prune, block.prunable))
+    if method.needs_gram:  # products and factorisations, which use all threads by themselves
+        return dict(map(prune, linears))
+    with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
+        return dict(pool.map(prune, linears))
 
 
 def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
@@ -190,9 +207,19 @@ def _propagate_parent(run: BlockRun, block: Block, module: nn.Module) -> None:
             parent.copy_(_forward(run, module, parent, run.activations.inputs.get(block.index, batch)))
 
 
-def _forward(run: BlockRun, module: nn.Module, hidden: Tensor, call: object) -> Tensor:
+def _forward(
+    run: BlockRun, module: nn.Module, hidden: Tensor, call: Call, parameters: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Return the outputs of a block, with other parameters than its own if they are given."""
     with torch.inference_mode():
-        return run_block(module, hidden.to(run.device), call)  # type: ignore[arg-type]
+        if parameters is None:
+            return run_block(module, hidden.to(run.device), call)
+        own = {name: parameter.data for name, parameter in module.named_parameters()}
+        set_parameters(module, parameters)
+        try:
+            return run_block(module, hidden.to(run.device), call)
+        finally:
+            set_parameters(module, own)
 
 
 class _Timer:
