@@ -5,11 +5,13 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from secateur.calibration.statistics import InputStatistics
 from secateur.pruning.layer_problem import CORRECTION, DAMPING, LayerProblem, refit
 from secateur.pruning.masks import Target, keep_top
 from secateur.pruning.methods import METHODS
+from secateur.pruning.weight import prune_weight
 from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights
 from tests.tiny import save_tiny
 
@@ -210,3 +212,39 @@ def test_an_interrupted_derivation_goes_on_to_the_same_bytes(tmp_path, name, val
     interrupt(base, tmp_path / "out", method=name, values=values)
     derive_tiny(base, tmp_path / "out", method=name, values=values, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def inputs_of(folder, token_ids, names):
+    """What each weight of a whole model receives, float64 [tokens, in_features], seen by plain hooks."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    seen = {}
+    for name in names:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.register_forward_pre_hook(
+            lambda _, given, name=name: seen.__setitem__(name, given[0].flatten(0, 1).double())
+        )
+    with torch.inference_mode():
+        model(torch.from_numpy(token_ids))
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_statistics_are_those_of_parent_and_sub_model(tmp_path, monkeypatch, family):
+    """Every weight sees what pruned ones before it put out, in the same block too, beside what the parent has there."""
+    seen = {}
+
+    def noting(method, target, encoding, name, weight, statistics, dtype):
+        seen[name] = statistics
+        return prune_weight(method, target, encoding, name, weight, statistics, dtype)
+
+    monkeypatch.setattr("secateur.pruning.loop.prune_weight", noting)
+    base = save_tiny(tmp_path / "base", family, dtype=torch.float32)
+    derive_tiny(base, tmp_path / "sub", method="admm")
+    token_ids = calibration().token_ids
+    parents, inputs = (inputs_of(folder, token_ids, seen) for folder in (base, tmp_path / "sub"))
+    for name, statistics in seen.items():
+        scale = float(inputs[name].square().sum())
+        torch.testing.assert_close(statistics.gram.double(), inputs[name].T @ inputs[name], rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(statistics.cross.double(), parents[name].T @ inputs[name], rtol=0, atol=1e-5 * scale)
+    drifts = [float((one.cross - one.gram).norm() / one.gram.norm()) for one in seen.values()]
+    assert min(drifts) < 1e-6 < 1e-2 < max(drifts)

@@ -159,7 +159,8 @@ def _prune_weights(  # noqa: PLR0917
         target = Target(run.sparsity[name], run.recipe.granularity, run.recipe.seed ^ zlib.crc32(name.encode()))
         original, found = originals[name].to(run.device), statistics.get(linear)
         packed, kept = prune_weight(method, target, run.encoding, name, original, found, weight.dtype)
-        weight.data.copy_(kept)
+        # A parameter of its own: the old one is the original, which the parent is still run with.
+        set_parameters(module, {f"{linear}.weight": kept.to(run.device, weight.dtype)})
         return name, packed
 
     if method.needs_gram:  # products and factorisations, which use all threads by themselves
