@@ -151,6 +151,14 @@ def test_what_does_not_fit_into_memory_is_refused(base, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_gram_matrices_are_counted_before_they_are_needed(base, tmp_path, monkeypatch):
+    working, activations, _ = forecast_of(base, tmp_path)
+    make_memory(monkeypatch, int((working + activations) / 0.85) + 1000)
+    derive_tiny(base, tmp_path / "wanda")
+    with pytest.raises(ResourceError, match="one block of this model needs"):
+        derive_tiny(base, tmp_path / "admm", method="admm")
+
+
 def test_what_does_not_fit_onto_the_disk_is_refused(base, tmp_path, monkeypatch):
     from collections import namedtuple
 
