@@ -112,15 +112,14 @@ def test_logits_without_a_choice(options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"temperature": 1e-300},
-        {"temperature": 1e-40},
-        {"temperature": 1e300},
+        {"temperature": 1e-4},
+        {"temperature": 1e30},
         {"top_k": 2**64 + 1},
         {"top_k": 2**63},
-        {"top_p": 1e-300},
+        {"top_p": 1e-6},
         {"min_p": 1 - 1e-16},
-        {"repetition_penalty": 1e300},
-        {"temperature": 1e-300, "repetition_penalty": 1e-30},
+        {"repetition_penalty": 1e3},
+        {"temperature": 1e-4, "repetition_penalty": 1e-3},
     ],
     ids=str,
 )

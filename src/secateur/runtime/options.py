@@ -64,7 +64,8 @@ class GenerationOptions:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not (self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature <= _LARGEST):
             raise ConfigError(
-                f"temperature is {self.temperature}; it must be 0 (most likely token) or at least {LOWEST_TEMPERATURE}"
+                f"temperature is {self.temperature}; it must be 0 (most likely token), or lie in "
+                f"{LOWEST_TEMPERATURE} to {_LARGEST}"
             )
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
