@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from secateur.errors import ConfigError, SecateurError
+from secateur.evaluation import speed_runners, speed_worker
 from secateur.evaluation.speed import Speed, SpeedReport, benchmark
-from secateur.evaluation.speed_peers import Peer, find_peer
+from secateur.evaluation.speed_peers import Peer, find_peer, told_apart
 from secateur.evaluation.speed_tables import render
 from secateur.evaluation.speed_worker import Worker
 from tests.tiny import save_tiny
@@ -145,3 +146,27 @@ def test_what_loads_through_torch_is_timed_through_torch(tmp_path):
     folder = save_tiny(tmp_path / "float32", "llama", dtype=torch.float32)
     report = benchmark(folder, threads=1, rounds=1, prompt_lengths=(4,), new_tokens=2, batch=1)
     assert report.models[0].kind == "torch"
+
+
+def test_texts_longer_than_a_model_reads_are_refused(submodel):
+    with pytest.raises(ConfigError, match=r"texts of 9000 tokens are longer than the \d+ positions"):
+        benchmark(submodel, threads=1, rounds=1, prompt_lengths=(9000,), new_tokens=1, batch=1)
+
+
+def test_peers_of_one_name_go_under_their_paths():
+    peers = [Peer("sub", "auto", "a/sub"), Peer("sub", "native", "b/sub"), Peer("other", "native", "c/other")]
+    assert [peer.name for peer in told_apart(peers)] == ["a/sub", "b/sub", "other"]
+
+
+def test_a_gguf_that_is_not_there(submodel):
+    with pytest.raises(ConfigError, match=r"no file 'nothing\.gguf'"):
+        find_peer("llama.cpp:nothing.gguf", submodel)
+
+
+def test_what_a_library_raises_is_one_line(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise ValueError("cannot\n   read it")
+
+    monkeypatch.setattr(speed_runners, "open_runner", broken)
+    speed_worker.main("llama.cpp", "x.gguf", 1)
+    assert json.loads(capsys.readouterr().out) == {"error": "it cannot be loaded (cannot read it)"}
