@@ -77,6 +77,9 @@ def derive(
             show_default="no-trim-vocabulary",
         ),
     ] = None,
+    recover: Annotated[
+        int | None, typer.Option(help="Tokens to learn from after pruning, beside the parent.", show_default="0")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with these options; flags win over it.")] = None,
     data: Data = None,
     device: Device = "cpu",
@@ -101,6 +104,7 @@ def derive(
         "values": values,
         "group_size": group_size,
         "trim_vocabulary": trim_vocabulary,
+        "recover": recover,
     }
     settings = make_recipe(options, recipe)
     console.quiet_libraries()

@@ -46,6 +46,8 @@ class Recipe(BaseModel):
         Input positions that share a scale, for `int8` (128 when None) and `int4` (64); None with `base`.
     trim_vocabulary
         Whether the head computes only the tokens that the domains' text is made of.
+    recover
+        Tokens of the domains' text that the pruned model learns from, in whole sequences; 0: it does not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, strict=True)
@@ -63,6 +65,7 @@ class Recipe(BaseModel):
     values: Values = "base"
     group_size: Annotated[GroupSize | None, Field(validate_default=True)] = None
     trim_vocabulary: bool = False
+    recover: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("group_size", mode="after")
     @classmethod
@@ -71,6 +74,14 @@ class Recipe(BaseModel):
         if value is not None and info.data.get("values") == "base":
             raise ValueError("only int8 and int4 values have groups; leave it out")
         return DEFAULT_GROUP_SIZES.get(info.data.get("values", "")) if value is None else value
+
+    @field_validator("recover", mode="after")
+    @classmethod
+    def _whole_sequences(cls, value: int, info: ValidationInfo) -> int:
+        length = info.data.get("sequence_length", 0)
+        if 0 < value < length:
+            raise ValueError(f"less than one sequence of {length} tokens; give more, or leave it out")
+        return value
 
     @field_validator("domains", mode="before")
     @classmethod

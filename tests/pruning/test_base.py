@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.checkpoint.format import STATE, read_json
 from secateur.errors import CheckpointError, ConfigError, ModelError
-from secateur.pruning.job import Base
+from secateur.pruning.base import Base
 from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights, shards
 from tests.tiny import save_tiny
 

@@ -33,7 +33,7 @@ decoder's linear layers {kept:,} are kept ({sparsity:.2%} sparsity); {outside}.
 | method | {method}, {granularity}, budget {budget} |
 | sparsity | {sparsity:.4f} |
 | values | {values} |{head}
-| calibration | {samples} x {sequence_length} tokens, seed {seed}, SHA-256 `{calibration_hash}` |
+| calibration | {samples} x {sequence_length} tokens, seed {seed}, SHA-256 `{calibration_hash}` |{recovery}
 | sources | {sources} |
 
 What pruning cost is not known from this card: measure it with
@@ -43,8 +43,11 @@ its parent, most of all outside the domain it was derived for.
 _TRIMMED = (
     "\n| head | computes {tokens:,} of {vocabulary:,} tokens{coverage}: an answer holds no others, a prompt may |"
 )
-_UNTOUCHED = "embeddings, head and norms are those of the parent"
-_ROUNDED = "embedding and head are the parent's in int8, norms are those of the parent"
+_RECOVERED = (
+    "\n| recovery | learnt the parent's probabilities on {samples} x {sequence_length} tokens, SHA-256 `{sha256}` |"
+)
+_UNTOUCHED, _ROUNDED = "embeddings and head are those of the parent", "embedding and head are the parent's in int8"
+_NORMS = {True: "norms inside the blocks have learnt with the weights", False: "norms are those of the parent"}
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
@@ -64,11 +67,12 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         budget=recipe["budget"],
         head=_describe_head(manifest.get("shortlist")),
         values=manifest["values"] + (f", groups of {groups}" if groups else ""),
-        outside=_ROUNDED if groups else _UNTOUCHED,
+        outside=f"{_ROUNDED if groups else _UNTOUCHED}, {_NORMS['recovery' in manifest]}",
         samples=recipe["samples"],
         sequence_length=recipe["sequence_length"],
         seed=recipe["seed"],
         calibration_hash=calibration["sha256"],
+        recovery=_RECOVERED.format(**manifest["recovery"]) if "recovery" in manifest else "",
         sources=sources,
     )
 

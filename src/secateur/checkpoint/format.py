@@ -23,9 +23,12 @@ CARD = "README.md"
 STATE = "derivation.state.json"
 ACTIVATIONS = "activations.bin"
 PARENT_ACTIVATIONS = "activations-parent.bin"
+# Of a derivation with recovery: the folder of its pruned shards, and the state of what it has learnt.
+PRUNED = "pruned"
+RECOVERY = "recovery.state"
 LOCK = "derivation.lock"
 # The manifest cannot hold its own hash; the others tell how the work went, or exist only while it goes on.
-NOT_HASHED = (MANIFEST, LOG, STATE, ACTIVATIONS, PARENT_ACTIVATIONS, LOCK)
+NOT_HASHED = (MANIFEST, LOG, STATE, ACTIVATIONS, PARENT_ACTIVATIONS, PRUNED, RECOVERY, LOCK)
 
 FLOAT_VALUES = ("bf16", "fp16", "fp32")
 INTEGER_BITS = {"int8": 8, "int4": 4}

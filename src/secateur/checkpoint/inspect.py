@@ -71,6 +71,7 @@ class Inspection:
             f"method         {recipe.get('method')}, {recipe.get('granularity')}, budget {recipe.get('budget')}",
             f"calibration    {calibration.get('samples')} x {calibration.get('sequence_length')} tokens, "
             f"seed {recipe.get('seed')}, SHA-256 {str(calibration.get('sha256'))[:16]}...",
+            *self._describe_recovery(),
             f"kept           {kept:,} of {size:,} prunable weights (sparsity {manifest['sparsity']:.4f})",
             f"values         {self._describe_values()}, {self.bits_per_weight:.2f} bits for each prunable weight",
             *self._describe_shortlist(),
@@ -104,6 +105,15 @@ class Inspection:
         vocabulary = self.stored.dense.shapes[trimmed.weight][0]
         coverage = describe_coverage(self.manifest.get("shortlist"))
         return [f"head           computes {trimmed.tokens:,} of {vocabulary:,} tokens{coverage}"]
+
+    def _describe_recovery(self) -> list[str]:
+        text = self.manifest.get("recovery")
+        if not isinstance(text, dict):
+            return []
+        return [
+            f"recovery       learnt from {text.get('samples')} x {text.get('sequence_length')} tokens, "
+            f"SHA-256 {str(text.get('sha256'))[:16]}..."
+        ]
 
     def _describe_part(self, part: str) -> str:
         bits = 8 * self.bytes_by_part[part] / max(self.manifest["prunable_weights"], 1)

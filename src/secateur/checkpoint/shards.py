@@ -173,6 +173,13 @@ class Shard:
             return tensor
         return unpack_parts(name, self._read(name), self._stored, dtype)
 
+    def mask(self, name: str) -> Tensor | None:
+        """Return which entries of a weight are kept, bool [out_features, in_features]; None if it has no bitmask."""
+        if "bitmask" not in self._parts.get(name, ()):
+            return None
+        stored = self._stored.pruned
+        return unpack(PackedWeight(**self._read(name)), stored.shapes[name], name, stored.encoding)[1]
+
     def integers(self, name: str) -> Quantised:
         """Return a weight for which `encoding` is not None; what was removed has the code of 0."""
         parts, stored = self._read(name), self._stored

@@ -60,6 +60,8 @@ class Provenance:
         The base model's precision as its config names it, e.g. `bfloat16`.
     shortlist
         How many tokens a trimmed head computes, which, and what they cover; None when it computes all.
+    recovery
+        The text that it learnt from after it was pruned; None when it did not.
     """
 
     base_model: Mapping[str, Any]
@@ -68,6 +70,7 @@ class Provenance:
     versions: Mapping[str, str]
     dtype: str
     shortlist: Mapping[str, Any] | None = None
+    recovery: Mapping[str, Any] | None = None
 
 
 def finish_submodel(
@@ -110,6 +113,8 @@ def finish_submodel(
     }
     if provenance.shortlist is not None:
         manifest["shortlist"] = dict(provenance.shortlist)
+    if provenance.recovery is not None:
+        manifest["recovery"] = dict(provenance.recovery)
     atomic_write_bytes(folder / CARD, model_card(manifest).encode())
     hashed = sorted(path.name for path in folder.iterdir() if path.name not in NOT_HASHED)
     manifest["files"] = {name: sha256_file(folder / name) for name in hashed}

@@ -19,8 +19,9 @@ from secateur.errors import ConfigError, ModelError
 from secateur.files import check_writable, sha256_file
 from secateur.models.device import checked_device, limited_threads
 from secateur.models.source import ModelFolder, load_tokenizer, resolve_model
+from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS
-from secateur.pruning.job import Base, Job, forecast_job
+from secateur.pruning.job import Job, forecast_job
 from secateur.pruning.loop import Progress
 from secateur.pruning.methods import METHODS
 from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder
@@ -83,6 +84,7 @@ def derive(
     values: str = "base",
     group_size: int | None = None,
     trim_vocabulary: bool = False,
+    recovery: CalibrationSet | None = None,
     data: str | Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -102,6 +104,8 @@ def derive(
         The folder to write; it must not exist.
     sparsity, method, budget, granularity, propagate, values, group_size, trim_vocabulary
         See `secateur.config.Recipe`.
+    recovery
+        Token ids [sequences, length] that the pruned model learns from beside its parent; None: it does not.
     data
         The folder with text that the calibration set was drawn from, if there was one; only `trim_vocabulary` reads it.
     device
@@ -140,10 +144,11 @@ def derive(
             "values": values,
             "group_size": group_size,
             "trim_vocabulary": trim_vocabulary,
+            "recover": 0 if recovery is None else recovery.token_ids.size,
         }
     )
     execution = Execution(output, device, threads, resume, progress, announce, None if data is None else Path(data))
-    return _derive(Base.open(folder), recipe, calibration, execution)
+    return _derive(Base.open(folder), recipe, calibration, recovery, execution)
 
 
 def derive_recipe(
@@ -172,15 +177,16 @@ def derive_recipe(
     folder = resolve_model(recipe.model)
     base = Base.open(folder)
     _check_length(base.model, recipe.sequence_length)
-    calibration = build_calibration_set(
-        mixture,
-        load_tokenizer(folder),
-        samples=recipe.samples,
-        sequence_length=recipe.sequence_length,
-        seed=recipe.seed,
-        data=data,
-    )
-    return _derive(base, recipe, calibration, Execution(output, device, threads, resume, progress, announce, data))
+    tokenizer = load_tokenizer(folder)
+
+    def draw(samples: int) -> CalibrationSet:
+        length, seed = recipe.sequence_length, recipe.seed
+        return build_calibration_set(mixture, tokenizer, samples=samples, sequence_length=length, seed=seed, data=data)
+
+    calibration = draw(recipe.samples)
+    recovery = draw(recipe.recover // recipe.sequence_length) if recipe.recover else None
+    execution = Execution(output, device, threads, resume, progress, announce, data)
+    return _derive(base, recipe, calibration, recovery, execution)
 
 
 @dataclass(frozen=True)
@@ -196,28 +202,38 @@ class Execution:
     data: Path | None
 
 
-def _derive(base: Base, recipe: Recipe, calibration: CalibrationSet, execution: Execution) -> SubModel:
+def _derive(
+    base: Base,
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    recovery: CalibrationSet | None,
+    execution: Execution,
+) -> SubModel:
     METHODS.get(recipe.method)
     BUDGETS.get(recipe.budget)
     target = Path(os.path.normpath(execution.output))
     device = checked_device(execution.device)
-    _check_calibration(base.model, calibration)
+    for text in (calibration, recovery):
+        if text is not None:
+            _check_calibration(base.model, text)
     finished = execution.resume and os.path.lexists(target)
     if not finished:
         check_output(target, resume=execution.resume)
     shortlist = _shortlist(base, calibration, execution) if recipe.trim_vocabulary else None
     if finished:
-        check_finished(target, _plan(base, recipe, calibration, shortlist, execution))
+        check_finished(target, _plan(base, recipe, (calibration, recovery), shortlist, execution))
         return SubModel(target, read_json(target / MANIFEST), {})
     threads = execution.threads or torch.get_num_threads()
     forecast = forecast_job(base, recipe, calibration.token_ids.size, threads, partial_folder(target))
     if execution.announce is not None:
         execution.announce(forecast.describe())
-    plan = _plan(base, recipe, calibration, shortlist, execution)
+    plan = _plan(base, recipe, (calibration, recovery), shortlist, execution)
     with open_workspace(target, resume=execution.resume) as workspace:
         plan = workspace.start(plan)
         with limited_threads(plan["run_threads"]):
-            log = Job(base, recipe, calibration, shortlist, forecast, device, workspace, plan).run(execution.progress)
+            log = Job(base, recipe, calibration, shortlist, recovery, forecast, device, workspace, plan).run(
+                execution.progress
+            )
     return SubModel(target, read_json(target / MANIFEST), log)
 
 
@@ -242,7 +258,11 @@ def _shortlist(base: Base, calibration: CalibrationSet, execution: Execution) ->
 
 
 def _plan(
-    base: Base, recipe: Recipe, calibration: CalibrationSet, shortlist: TokenChoice | None, execution: Execution
+    base: Base,
+    recipe: Recipe,
+    texts: tuple[CalibrationSet, CalibrationSet | None],
+    shortlist: TokenChoice | None,
+    execution: Execution,
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the result, as plain JSON."""
     folder = base.folder
@@ -260,17 +280,25 @@ def _plan(
             "parameters": sum(parameter.numel() for parameter in base.model.parameters()),
             "files": hashes,
         },
-        "calibration": {
-            "sha256": calibration.sha256,
-            "samples": calibration.samples,
-            "sequence_length": calibration.sequence_length,
-            "provenance": [asdict(one) for one in calibration.provenance],
-        },
+        "calibration": _described(texts[0]),
         "versions": {name: version(name) for name in ("secateur", "torch", "transformers")},
         "device": torch.device(execution.device).type,
         "run_threads": execution.threads or torch.get_num_threads(),
     }
-    return plan if shortlist is None else {**plan, "shortlist": shortlist.to_dict()}
+    if shortlist is not None:
+        plan["shortlist"] = shortlist.to_dict()
+    if texts[1] is not None:
+        plan["recovery"] = _described(texts[1])
+    return plan
+
+
+def _described(text: CalibrationSet) -> dict[str, Any]:
+    return {
+        "sha256": text.sha256,
+        "samples": text.samples,
+        "sequence_length": text.sequence_length,
+        "provenance": [asdict(one) for one in text.provenance],
+    }
 
 
 def _check_length(model: PreTrainedModel, sequence_length: int) -> None:

@@ -14,6 +14,7 @@ from secateur.checkpoint.format import DENSE_ENCODING, FLOATS, Encoding
 from secateur.errors import ResourceError
 from secateur.files import available_memory
 from secateur.models.structure import Block, embedding_weights
+from secateur.pruning.recovery import sequences_together
 
 # Share of the memory that is free now which a derivation may plan with; the rest is for the machine.
 MEMORY_SHARE = 0.85
@@ -22,6 +23,8 @@ INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
 TOKENS_PER_BATCH = 2048
 # Of a layer's problem, in multiples of its Gram matrix and of its weight in float32; the factors are in float64.
 GRAM_COPIES, WEIGHT_COPIES, FLOAT_BYTES = 10, 8, 4
+# Of recovery: weights and two moments in float32; what a block keeps for its gradients; logits, parent's and gradients.
+STATE_BYTES, KEPT_INTERMEDIATE, KEPT_HIDDEN, LOGITS_COPIES = 12, 6, 16, 4
 # Tokenizer, offsets of rows, index and manifest.
 SMALL_FILES = 32_000_000
 SCALE_BYTES = 2
@@ -77,6 +80,7 @@ def make_forecast(
     trimmed: bool = False,
     gram: bool = False,
     streams: int = 1,
+    recovering: int = 0,
 ) -> Forecast:
     """Forecast a derivation.
 
@@ -105,6 +109,8 @@ def make_forecast(
         Whether the method needs the Gram matrices of the inputs.
     streams
         2 when the calibration set runs through the dense model too.
+    recovering
+        Length of the sequences that the pruned model learns from; 0 when it does not.
 
     Raises
     ------
@@ -123,6 +129,8 @@ def make_forecast(
     working = 2 * largest * itemsize + 16 * side_by_side + batch
     if gram:
         working += max(_gram_bytes(model, block, streams) for block in blocks)
+    if recovering:
+        working = max(working, _recovery_bytes(model, blocks, itemsize, recovering))
     outer = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
     rounded = _rounded_entries(model) if encoding.bits else 0
     # Reordered rows are a second copy of what is written.
@@ -135,6 +143,8 @@ def make_forecast(
         + (outer - rounded) * itemsize
         + rounded * _bytes_per_entry(DENSE_ENCODING, itemsize)
     )
+    if recovering:  # pruned shards, and the state beside the one that takes its place
+        disk += int(sum(sizes) * (1 / 8 + (1 - sparsity) * itemsize)) + 2 * STATE_BYTES * _learning(model, blocks)
     disk -= sum(path.stat().st_size for path in output.glob("*.safetensors"))
     memory, free_disk = available_memory(), shutil.disk_usage(_existing_parent(output)).free
     map_activations = activations + working > MEMORY_SHARE * memory
@@ -161,6 +171,24 @@ def _gram_bytes(model: PreTrainedModel, block: Block, streams: int) -> int:
     grams = sum(shape[1] ** 2 for shape in shapes)
     solving = max(GRAM_COPIES * shape[1] ** 2 + WEIGHT_COPIES * shape.numel() for shape in shapes)
     return int(FLOAT_BYTES * (streams * grams + solving))
+
+
+def _learning(model: PreTrainedModel, blocks: tuple[Block, ...]) -> int:
+    """Return the number of weights that recovery changes: all inside the blocks."""
+    return sum(p.numel() for block in blocks for p in model.get_submodule(block.name).parameters())
+
+
+def _recovery_bytes(model: PreTrainedModel, blocks: tuple[Block, ...], itemsize: int, length: int) -> int:
+    """Return what the model, its parent, the optimiser and one step of recovery take."""
+    config = model.config.get_text_config(decoder=True)
+    learning = _learning(model, blocks)
+    models = itemsize * (sum(parameter.numel() for parameter in model.parameters()) + 2 * learning)
+    tokens = length * sequences_together(length, config.vocab_size, itemsize)
+    hidden = config.hidden_size
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    kept = len(blocks) * tokens * itemsize * (KEPT_INTERMEDIATE * intermediate + KEPT_HIDDEN * hidden)
+    logits = LOGITS_COPIES * tokens * config.vocab_size * itemsize
+    return int(models + (STATE_BYTES + FLOAT_BYTES) * learning + kept + logits)
 
 
 def _rounded_entries(model: PreTrainedModel) -> int:

@@ -4,14 +4,15 @@ import math
 import os
 import platform
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from secateur.calibration.packing import CalibrationSet
 from secateur.calibration.shortlist import TokenChoice
@@ -22,12 +23,13 @@ from secateur.checkpoint.format import (
     LOG,
     MANIFEST,
     PARENT_ACTIVATIONS,
+    PRUNED,
+    RECOVERY,
     Encoding,
     Stored,
     StoredWeights,
     TrimmedHead,
     dump_json,
-    read_json,
     shard_name,
 )
 from secateur.checkpoint.shards import write_outer_shard
@@ -37,114 +39,34 @@ from secateur.config import Recipe
 from secateur.errors import ModelError
 from secateur.files import atomic_write_bytes, peak_memory
 from secateur.models.replay import record_inputs
-from secateur.models.source import ModelFolder
-from secateur.models.structure import Block, embedding_weights, find_blocks
-from secateur.models.weights import WeightReader, drop_parameters, load_skeleton, set_parameters
+from secateur.models.structure import Block, embedding_weights
+from secateur.models.weights import drop_parameters, set_parameters
 from secateur.pruning.activations import Activations
+from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.forecast import TOKENS_PER_BATCH, Forecast, make_forecast
 from secateur.pruning.loop import BlockRun, Progress, prune_blocks
+from secateur.pruning.method import MethodFunction, Needs, Pruned, needs_gram
 from secateur.pruning.methods import METHODS
+from secateur.pruning.pupil import Learnt, open_pupil
+from secateur.pruning.recovery import recover
 from secateur.pruning.weight import is_unmasked
 from secateur.pruning.workspace import Workspace
 
-TOKEN_FILES = ("config.json", "generation_config.json")
+# What has to be known of the inputs to round weights that recovery has changed.
+STORING_NEEDS: Needs = "cross_gram"
 VALUE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model that is ready to be pruned.
-
-    Attributes
-    ----------
-    folder
-        Where its files are.
-    model
-        Its skeleton, parameters on the meta device.
-    blocks
-        Its decoder blocks.
-    reader
-        Its tensors.
-    """
-
-    folder: ModelFolder
-    model: PreTrainedModel
-    blocks: tuple[Block, ...]
-    reader: WeightReader
-
-    @classmethod
-    def open(cls, folder: ModelFolder) -> "Base":
-        """Read config and headers, and find the blocks; raises `ModelError` for what is not understood."""
-        model = load_skeleton(folder)
-        return cls(folder, model, find_blocks(model), WeightReader(folder, model))
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """[out_features, in_features] of each prunable weight by name, in the order of the model."""
-        names = [block.weight_name(linear) for block in self.blocks for linear in block.prunable]
-        shapes = {name: self.model.get_parameter(name).shape for name in names}
-        return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
-
-    def dtype(self) -> torch.dtype:
-        """The precision that blocks are run in: that of the first prunable weight."""
-        with self.reader as reader:
-            return reader.mapped(next(iter(self.shapes()))).dtype
-
-    def stored_names(self) -> list[str]:
-        """Return the names of the parameters that have a tensor of their own, in the order of the model.
-
-        A tied parameter has none, unless the files hold one that differs: transformers then unties the two.
-        """
-        tied = dict(self.model.all_tied_weights_keys) if self.model.config.tie_word_embeddings else {}
-        with self.reader as reader:
-            same = {
-                name
-                for name, source in tied.items()
-                if name not in reader or (source in reader and torch.equal(reader.mapped(name), reader.mapped(source)))
-            }
-        return [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in same]
-
-    def outer_names(self) -> list[str]:
-        """Return those of `stored_names` that lie outside the blocks."""
-        inside = tuple(f"{block.name}." for block in self.blocks)
-        return [name for name in self.stored_names() if not name.startswith(inside)]
-
-    def head_name(self) -> str:
-        """Return the name of the matrix that is the head, which may be the embedding.
-
-        Raises
-        ------
-        ModelError
-            When the model has none.
-        """
-        outer, ends = self.outer_names(), (self.model.get_output_embeddings(), self.model.get_input_embeddings())
-        for end in ends:
-            name = next((f"{name}.weight" for name, module in self.model.named_modules() if module is end), None)
-            if name in outer and name is not None:
-                return name
-        raise ModelError(
-            f"model {self.folder.name!r} has no head that could be trimmed: derive it without --trim-vocabulary"
-        )
-
-    def head_rows(self) -> int:
-        """Return the number of tokens that the head computes."""
-        return int(self.model.get_parameter(self.head_name()).shape[0])
-
-    def named_tokens(self) -> list[int]:
-        """Return the tokens that config and generation_config name, such as those that end a text."""
-        contents = [read_json(path) for name in TOKEN_FILES if (path := self.folder.path / name).exists()]
-        named = [value for content in contents for key, value in content.items() if key.endswith("_token_id")]
-        listed = [one for value in named for one in (value if isinstance(value, list) else [value])]
-        return [one for one in listed if type(one) is int]
 
 
 def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspace: Path) -> Forecast:
     """Forecast a derivation from headers alone; raises `ResourceError` when it cannot fit."""
-    needs_data = METHODS.get(recipe.method).needs != "nothing"
+    needs = METHODS.get(recipe.method).needs
+    if recipe.recover and encoding_of(recipe).bits:
+        needs = STORING_NEEDS
     return make_forecast(
         base.model,
         base.blocks,
-        tokens=tokens if needs_data else 0,
+        tokens=0 if needs == "nothing" else tokens,
         itemsize=base.dtype().itemsize,
         batch_tokens=_batch_size(recipe) * recipe.sequence_length,
         sparsity=recipe.sparsity,
@@ -152,14 +74,15 @@ def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspac
         output=workspace,
         encoding=encoding_of(recipe),
         trimmed=recipe.trim_vocabulary,
-        gram=METHODS.get(recipe.method).needs_gram,
-        streams=2 if follows_parent(recipe) else 1,
+        gram=needs_gram(needs),
+        streams=2 if follows_parent(recipe, needs) else 1,
+        recovering=recipe.sequence_length if recipe.recover else 0,
     )
 
 
-def follows_parent(recipe: Recipe) -> bool:
+def follows_parent(recipe: Recipe, needs: Needs) -> bool:
     """Return whether the calibration set runs through the dense model too, beside the pruned one."""
-    return recipe.propagate and METHODS.get(recipe.method).needs == "cross_gram"
+    return recipe.propagate and needs == "cross_gram"
 
 
 def encoding_of(recipe: Recipe) -> Encoding:
@@ -169,6 +92,18 @@ def encoding_of(recipe: Recipe) -> Encoding:
 
 def _batch_size(recipe: Recipe) -> int:
     return max(1, TOKENS_PER_BATCH // recipe.sequence_length)
+
+
+def _keep(mask: Tensor) -> MethodFunction:
+    """Return what prunes a weight that is pruned already."""
+    return lambda weight, *_: Pruned(weight, mask)
+
+
+@contextmanager
+def _seconds(timings: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    timings[stage] = time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -181,6 +116,8 @@ class Job:
         What is derived, from what, and where.
     tokens
         Those that a trimmed head computes; None when it is not trimmed.
+    recovery
+        The text that the pruned model learns from; None when it does not.
     device
         Where blocks run.
     plan
@@ -191,6 +128,7 @@ class Job:
     recipe: Recipe
     calibration: CalibrationSet
     tokens: TokenChoice | None
+    recovery: CalibrationSet | None
     forecast: Forecast
     device: torch.device
     workspace: Workspace
@@ -202,29 +140,60 @@ class Job:
         memory_before = psutil.Process().memory_info().rss
         self._check_weights(progress)
         timings["check"] = time.perf_counter() - started
-        prune_blocks(self._block_run(timings), progress, timings)
-        finish_started = time.perf_counter()
-        manifest = self._finish()
-        timings["finish"] = time.perf_counter() - finish_started
+        self._prune(progress, timings)
+        with _seconds(timings, "finish"):
+            manifest = self._finish()
         log = self._log(time.perf_counter() - started, timings, memory_before)
         atomic_write_bytes(self.workspace.folder / LOG, dump_json(log))
         atomic_write_bytes(self.workspace.folder / MANIFEST, dump_json(manifest))
         self.workspace.publish()
         return log
 
-    def _block_run(self, timings: dict[str, float]) -> BlockRun:
-        needs_data = METHODS.get(self.recipe.method).needs != "nothing"
+    def _prune(self, progress: Progress, timings: dict[str, float]) -> None:
+        """Write the shards of all blocks; with recovery, first those that it begins with."""
+        folder, needs = self.workspace.folder, METHODS.get(self.recipe.method).needs
+        if self.recovery is None:
+            encoding = encoding_of(self.recipe)
+            prune_blocks(self._block_run(folder, encoding, needs, timings), progress, timings)
+            return
+        (folder / PRUNED).mkdir(exist_ok=True)
+        prune_blocks(self._block_run(folder / PRUNED, FLOATS, needs, timings), progress, timings)
+        with _seconds(timings, "recover"):
+            learnt, masks = self._recover(self.recovery, progress)
+        encoding = encoding_of(self.recipe)
+        needs = STORING_NEEDS if encoding.bits else "nothing"
+        run = self._block_run(folder, encoding, needs, timings)
+        keep = {name: _keep(mask) for name, mask in masks.items()}
+        prune_blocks(replace(run, reader=learnt, method=keep.__getitem__), progress, timings)
+
+    def _block_run(self, folder: Path, encoding: Encoding, needs: Needs, timings: dict[str, float]) -> BlockRun:
+        """Return what prunes the base's blocks by the recipe's method."""
+        function = METHODS.get(self.recipe.method).function
         return BlockRun(
             self.base.model,
             self.base.blocks,
             self.base.reader,
             self.recipe,
+            needs,
+            lambda _: function,
             self._sparsity(),
-            encoding_of(self.recipe),
-            lambda block: self.workspace.folder / shard_name(block.index + 1, len(self.base.blocks) + 1),
-            self._embed(timings) if needs_data else None,
+            encoding,
+            lambda block: self._shard(folder, block),
+            self._embed(needs, timings) if needs != "nothing" else None,
             self.device,
         )
+
+    def _shard(self, folder: Path, block: Block) -> Path:
+        return folder / shard_name(block.index + 1, len(self.base.blocks) + 1)
+
+    def _recover(self, text: CalibrationSet, progress: Progress) -> tuple[Learnt, dict[str, Tensor]]:
+        """Let the pruned model learn; return its weights and masks."""
+        shards = [self._shard(self.workspace.folder / PRUNED, block) for block in self.base.blocks]
+        pupil = open_pupil(self.base, shards, Stored(StoredWeights(FLOATS, self.base.shapes())), self.device)
+        state = self.workspace.folder / RECOVERY
+        token_ids = torch.from_numpy(text.token_ids)
+        recover(pupil, token_ids, state, lambda done, total: progress("recover", done, total))
+        return Learnt(pupil.weights, self.base.reader), {name: mask.cpu() for name, mask in pupil.masks.items()}
 
     def _sparsity(self) -> dict[str, float]:
         """Return the target sparsity of each prunable weight by name."""
@@ -244,12 +213,12 @@ class Job:
                 )
             progress("check", number + 1, len(names))
 
-    def _embed(self, timings: dict[str, float]) -> Activations:
+    def _embed(self, needs: Needs, timings: dict[str, float]) -> Activations:
         """Run everything before the first block over the calibration set and record what each block receives."""
         started = time.perf_counter()
         model, dtype, batch_size = self.base.model, self.base.dtype(), _batch_size(self.recipe)
         hidden_states = self._empty_activations(dtype)
-        parent = self._empty_activations(dtype, PARENT_ACTIVATIONS) if follows_parent(self.recipe) else None
+        parent = self._empty_activations(dtype, PARENT_ACTIVATIONS) if follows_parent(self.recipe, needs) else None
         decoder = model.get_decoder()
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         outer = [name for name in self.base.outer_names() if name.startswith(f"{prefix}.")]
@@ -298,6 +267,7 @@ class Job:
             self.plan["versions"],
             str(self.base.dtype()).removeprefix("torch."),
             self.plan.get("shortlist"),
+            self.plan.get("recovery"),
         )
         shards = [shard_name(number, total) for number in range(1, total + 1)]
         return finish_submodel(self.workspace.folder, self.base.folder.path, shards, stored, provenance)

@@ -10,12 +10,12 @@ from secateur.checkpoint.format import Encoding
 from secateur.checkpoint.quantise import Quantised, quantise
 from secateur.pruning.layer_problem import LayerProblem
 from secateur.pruning.masks import Target, zero_removed
-from secateur.pruning.method import Method, Pruned
+from secateur.pruning.method import MethodFunction, Pruned
 from secateur.pruning.rounding import settle
 
 
 def prune_weight(  # noqa: PLR0917
-    method: Method,
+    method: MethodFunction,
     target: Target,
     encoding: Encoding,
     name: str,
@@ -31,7 +31,7 @@ def prune_weight(  # noqa: PLR0917
         if target.sparsity == 0:  # what loses nothing stays as it is, to the bit
             pruned = Pruned(weight, torch.ones(weight.shape, dtype=torch.bool))
         else:
-            pruned = method.function(weight, statistics, target)
+            pruned = method(weight, statistics, target)
         codes = _quantise(encoding, pruned, statistics, weight) if encoding.bits else None
         return _pack(encoding, name, pruned, codes, dtype, unmasked=is_unmasked(encoding, target.sparsity))
 

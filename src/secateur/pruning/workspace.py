@@ -16,7 +16,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from secateur.checkpoint.format import ACTIVATIONS, LOCK, MANIFEST, PARENT_ACTIVATIONS, STATE, dump_json, read_json
+from secateur.checkpoint.format import (
+    ACTIVATIONS,
+    LOCK,
+    MANIFEST,
+    PARENT_ACTIVATIONS,
+    PRUNED,
+    RECOVERY,
+    STATE,
+    dump_json,
+    read_json,
+)
 from secateur.errors import CheckpointError, ConfigError, OutputError
 from secateur.files import atomic_write_bytes, make_parents, remove_empty
 
@@ -67,9 +77,11 @@ class Workspace:
     def clean(self) -> None:
         """Remove what an interrupted run left behind beside its state and finished shards."""
         for path in self.folder.iterdir():
+            if path.name in (STATE, LOCK, PRUNED, RECOVERY):
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in (STATE, LOCK) and not path.name.endswith(".safetensors"):
+            elif not path.name.endswith(".safetensors"):
                 path.unlink()
 
     def publish(self) -> None:
@@ -78,7 +90,8 @@ class Workspace:
             raise OutputError(
                 f"output {str(self.output)!r} appeared while it was derived; the result is in {str(self.folder)!r}"
             )
-        for name in (ACTIVATIONS, PARENT_ACTIVATIONS, LOCK):
+        shutil.rmtree(self.folder / PRUNED, ignore_errors=True)
+        for name in (ACTIVATIONS, PARENT_ACTIVATIONS, RECOVERY, LOCK):
             (self.folder / name).unlink(missing_ok=True)
         self.folder.rename(self.output)
         # Last: without its state a folder that a kill kept from being renamed could not be resumed.
@@ -159,7 +172,7 @@ def check_finished(output: Path, plan: dict[str, Any]) -> None:
         manifest = _completed(read_json(output / MANIFEST))
     except CheckpointError:
         raise OutputError(f"output {str(output)!r} exists and is no sub-model: name another one") from None
-    for key in ("recipe", "base_model", "calibration", "shortlist"):
+    for key in ("recipe", "base_model", "calibration", "shortlist", "recovery"):
         if _decisive(manifest.get(key)) != _decisive(plan.get(key)):
             difference = describe_difference(key, manifest.get(key), plan.get(key))
             raise OutputError(f"output {str(output)!r} exists, made with another {difference}: name another one")
@@ -167,7 +180,10 @@ def check_finished(output: Path, plan: dict[str, Any]) -> None:
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:
     """Append the options that recipes did not have at first, with what was done then."""
-    recipe, first = content.get("recipe"), {"values": "base", "group_size": None, "trim_vocabulary": False}
+    recipe, first = (
+        content.get("recipe"),
+        {"values": "base", "group_size": None, "trim_vocabulary": False, "recover": 0},
+    )
     if not isinstance(recipe, dict):
         return content
     return {**content, "recipe": recipe | {key: value for key, value in first.items() if key not in recipe}}

@@ -1,0 +1,190 @@
+"""Recovery: the sub-model learns to give the parent's probabilities again, with its mask kept.
+
+Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) without labels: at every position of a text the
+Kullback-Leibler divergence from the parent's next-token probabilities to the sub-model's is lowered. What the mask
+keeps and the norms inside the blocks learn; embedding, head and what lies outside the blocks stay the parent's.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.errors import ModelError
+from secateur.models.safetensors_writer import write_safetensors
+
+STEP_TOKENS = 2048  # tokens behind one step of the optimiser
+LEARNING_RATE = 1e-4
+_WARM_UP, _LAST_RATE = 0.05, 0.05  # share of the steps; share of the learning rate
+_BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
+# Logits of sequences that run together; the parent's are there too, and as many gradients.
+_LOGITS_BYTES = 256 * 2**20
+_ROWS = 256  # positions whose probabilities are in float32 at a time
+_SAVE_SECONDS = 300.0
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A sub-model that learns, beside its parent.
+
+    Attributes
+    ----------
+    model, parent
+        Both with all their weights, on one device and in one precision; `model` is trained in place.
+    weights
+        float32, by name: what learns, in full precision. The model holds a rounded copy.
+    masks
+        bool, by name, True = kept; a name of `weights` that is missing here learns whole.
+    """
+
+    model: PreTrainedModel
+    parent: PreTrainedModel
+    weights: Mapping[str, nn.Parameter]
+    masks: Mapping[str, Tensor]
+
+    def round(self) -> None:
+        """Put the weights into the model, in its precision."""
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                self.model.get_parameter(name).copy_(weight)
+
+
+def recover(pupil: Pupil, token_ids: Tensor, state: Path, progress: Callable[[int, int], None]) -> None:
+    """Train a pupil on a set of texts, each of which is seen once.
+
+    Parameters
+    ----------
+    pupil
+        Its `weights` are what the training ends with.
+    token_ids
+        int64 [sequences, length].
+    state
+        File in which the state is saved now and then, and at the end. A run that finds one goes on from there, to
+        the same weights as a run that nothing interrupted.
+    progress
+        Called with the steps that are done, and their number.
+
+    Raises
+    ------
+    ModelError
+        When the divergence is no number any more.
+    """
+    course = _Course(pupil, token_ids)
+    done = course.restore(state)
+    pupil.round()
+    saved = time.monotonic()
+    for step in range(done, course.steps):
+        progress(step, course.steps)
+        if not math.isfinite(course.take(step)):
+            raise ModelError(f"recovery failed at step {step}: the probabilities are no numbers; leave --recover out")
+        if time.monotonic() - saved > _SAVE_SECONDS or step + 1 == course.steps:
+            course.save(state, step + 1)
+            saved = time.monotonic()
+    progress(course.steps, course.steps)
+
+
+class _Course:
+    """The optimiser and what it works on."""
+
+    def __init__(self, pupil: Pupil, token_ids: Tensor) -> None:
+        self._pupil, self._token_ids = pupil, token_ids
+        self._trained = {name: pupil.model.get_parameter(name) for name in pupil.weights}
+        for parameter in self._trained.values():
+            parameter.requires_grad_(requires_grad=True)
+        self._optimiser = torch.optim.Adam(list(pupil.weights.values()), lr=0.0, betas=_BETAS)
+        length = token_ids.shape[1]
+        self._sequences = max(1, STEP_TOKENS // length)
+        self.steps = -(-len(token_ids) // self._sequences)
+        vocabulary = pupil.model.config.get_text_config(decoder=True).vocab_size
+        self._together = sequences_together(length, vocabulary, pupil.model.dtype.itemsize)
+
+    def take(self, step: int) -> float:
+        """Take one step; return the mean divergence at its positions, in nats."""
+        batch = self._token_ids[step * self._sequences : (step + 1) * self._sequences]
+        total = 0.0
+        for part in torch.split(batch, self._together):
+            total += distil(self._pupil.model, self._pupil.parent, part, positions=batch.numel())
+            self._gather()
+        weights = list(self._pupil.weights.values())
+        torch.nn.utils.clip_grad_norm_(weights, _LARGEST_NORM)
+        for group in self._optimiser.param_groups:
+            group["lr"] = LEARNING_RATE * rate(step, self.steps)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self._pupil.round()
+        return total
+
+    def _gather(self) -> None:
+        """Move the gradients of the rounded weights to those in full precision, where the mask keeps them."""
+        for name, weight in self._pupil.weights.items():
+            parameter = self._trained[name]
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad.float()
+            parameter.grad = None
+            if (mask := self._pupil.masks.get(name)) is not None:
+                gradient *= mask
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
+    def save(self, path: Path, step: int) -> None:
+        """Write weights and moments; the file appears whole or not at all."""
+        tensors = {f"{name}.weights": weight.data for name, weight in self._pupil.weights.items()}
+        for name, weight in self._pupil.weights.items():
+            tensors |= {f"{name}.{kind}": self._optimiser.state[weight][kind] for kind in _MOMENTS}
+        write_safetensors(path, {name: one.cpu() for name, one in tensors.items()}, {"step": str(step)})
+
+    def restore(self, path: Path) -> int:
+        """Take up a saved state, and return the number of steps behind it; 0 when there is none."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                step = int(file.metadata()["step"])
+                stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (FileNotFoundError, SafetensorError):  # what the disk has damaged is made again
+            return 0
+        for name, weight in self._pupil.weights.items():
+            weight.data.copy_(stored[f"{name}.weights"])
+            moments = {
+                kind: stored[f"{name}.{kind}"].to(weight.device) for kind in _MOMENTS if f"{name}.{kind}" in stored
+            }
+            if moments:
+                self._optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
+        return step
+
+
+def distil(model: PreTrainedModel, parent: PreTrainedModel, token_ids: Tensor, *, positions: int) -> float:
+    """Add the gradients of the divergence from the parent, over `positions`, to the model's; return it in nats."""
+    token_ids = token_ids.to(model.device)
+    with torch.no_grad():
+        wanted = parent(input_ids=token_ids, use_cache=False).logits
+    logits = model(input_ids=token_ids, use_cache=False).logits
+    gradient, total = torch.empty_like(logits), 0.0
+    with torch.no_grad():
+        rows = [one.detach().flatten(0, 1).split(_ROWS) for one in (logits, wanted, gradient)]
+        for ours, theirs, slope in zip(*rows, strict=True):
+            found, sought = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+            likely = sought.exp()
+            total += float((likely * (sought - found)).sum())
+            slope.copy_(found.exp_().sub_(likely).div_(positions))
+    logits.backward(gradient)
+    return total / positions
+
+
+def sequences_together(length: int, vocabulary: int, itemsize: int) -> int:
+    """Return how many sequences run in one pass: those of a step, if their logits are not too large."""
+    return max(1, min(STEP_TOKENS // length, _LOGITS_BYTES // (vocabulary * length * itemsize)))
+
+
+def rate(step: int, steps: int) -> float:
+    """Return the learning rate of a step as a share of the highest: a linear rise, then half a cosine."""
+    rise = max(1, round(_WARM_UP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    past = (step - rise) / max(1, steps - rise)
+    return _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * past))
