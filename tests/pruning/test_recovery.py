@@ -55,8 +55,8 @@ def test_gradients_are_those_of_the_divergence(tmp_path, family):
     wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     # In two parts, which have to add up.
-    found = sum(distil(model, parent, part, positions=token_ids.numel()) for part in token_ids.split(3))
-    assert found == pytest.approx(loss.item(), rel=1e-4)
+    for part in token_ids.split(3):
+        distil(model, parent, part, positions=token_ids.numel())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-7, msg=name)
 
@@ -197,7 +197,13 @@ def test_memory_and_disk_are_forecast(base, tmp_path, monkeypatch):
 
 
 def test_numbers_that_are_none_end_it(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(recovery, "distil", lambda *_, **__: math.nan)
+    real = recovery.distil
+
+    def overflowing(model, *arguments, **options):
+        real(model, *arguments, **options)
+        next(model.get_decoder().layers[0].parameters()).grad[0] = math.inf
+
+    monkeypatch.setattr(recovery, "distil", overflowing)
     with pytest.raises(ModelError, match="recovery failed at step 0"):
         derive_tiny(base, tmp_path / "sub", recovery=TEXT)
 

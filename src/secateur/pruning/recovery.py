@@ -20,7 +20,7 @@ from secateur.errors import ModelError
 from secateur.models.safetensors_writer import write_safetensors
 
 STEP_TOKENS = 2048  # tokens behind one step of the optimiser
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 3e-4
 _WARM_UP, _LAST_RATE = 0.05, 0.05  # share of the steps; share of the learning rate
 _BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
 # Logits of sequences that run together; the parent's are there too, and as many gradients.
@@ -74,7 +74,7 @@ def recover(pupil: Pupil, token_ids: Tensor, state: Path, progress: Callable[[in
     Raises
     ------
     ModelError
-        When the divergence is no number any more.
+        When a gradient is no number any more.
     """
     course = _Course(pupil, token_ids)
     done = course.restore(state)
@@ -83,7 +83,7 @@ def recover(pupil: Pupil, token_ids: Tensor, state: Path, progress: Callable[[in
     for step in range(done, course.steps):
         progress(step, course.steps)
         if not math.isfinite(course.take(step)):
-            raise ModelError(f"recovery failed at step {step}: the probabilities are no numbers; leave --recover out")
+            raise ModelError(f"recovery failed at step {step}: its gradients are no numbers; leave --recover out")
         if time.monotonic() - saved > _SAVE_SECONDS or step + 1 == course.steps:
             course.save(state, step + 1)
             saved = time.monotonic()
@@ -98,7 +98,7 @@ class _Course:
         self._trained = {name: pupil.model.get_parameter(name) for name in pupil.weights}
         for parameter in self._trained.values():
             parameter.requires_grad_(requires_grad=True)
-        self._optimiser = torch.optim.Adam(list(pupil.weights.values()), lr=0.0, betas=_BETAS)
+        self._optimiser = torch.optim.Adam(list(pupil.weights.values()), lr=0.0, betas=_BETAS, fused=True)
         length = token_ids.shape[1]
         self._sequences = max(1, STEP_TOKENS // length)
         self.steps = -(-len(token_ids) // self._sequences)
@@ -106,20 +106,18 @@ class _Course:
         self._together = sequences_together(length, vocabulary, pupil.model.dtype.itemsize)
 
     def take(self, step: int) -> float:
-        """Take one step; return the mean divergence at its positions, in nats."""
+        """Take one step; return the norm of its gradient."""
         batch = self._token_ids[step * self._sequences : (step + 1) * self._sequences]
-        total = 0.0
         for part in torch.split(batch, self._together):
-            total += distil(self._pupil.model, self._pupil.parent, part, positions=batch.numel())
+            distil(self._pupil.model, self._pupil.parent, part, positions=batch.numel())
             self._gather()
-        weights = list(self._pupil.weights.values())
-        torch.nn.utils.clip_grad_norm_(weights, _LARGEST_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(list(self._pupil.weights.values()), _LARGEST_NORM)
         for group in self._optimiser.param_groups:
             group["lr"] = LEARNING_RATE * rate(step, self.steps)
         self._optimiser.step()
         self._optimiser.zero_grad()
         self._pupil.round()
-        return total
+        return float(norm)
 
     def _gather(self) -> None:
         """Move the gradients of the rounded weights to those in full precision, where the mask keeps them."""
@@ -158,22 +156,19 @@ class _Course:
         return step
 
 
-def distil(model: PreTrainedModel, parent: PreTrainedModel, token_ids: Tensor, *, positions: int) -> float:
-    """Add the gradients of the divergence from the parent, over `positions`, to the model's; return it in nats."""
+def distil(model: PreTrainedModel, parent: PreTrainedModel, token_ids: Tensor, *, positions: int) -> None:
+    """Add the gradients of the divergence from the parent, its sum divided by `positions`, to those of the model."""
     token_ids = token_ids.to(model.device)
     with torch.no_grad():
         wanted = parent(input_ids=token_ids, use_cache=False).logits
     logits = model(input_ids=token_ids, use_cache=False).logits
-    gradient, total = torch.empty_like(logits), 0.0
+    gradient = torch.empty_like(logits)
     with torch.no_grad():
         rows = [one.detach().flatten(0, 1).split(_ROWS) for one in (logits, wanted, gradient)]
         for ours, theirs, slope in zip(*rows, strict=True):
-            found, sought = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
-            likely = sought.exp()
-            total += float((likely * (sought - found)).sum())
-            slope.copy_(found.exp_().sub_(likely).div_(positions))
+            found = ours.softmax(-1, dtype=torch.float32)
+            slope.copy_(found.sub_(theirs.softmax(-1, dtype=torch.float32)).div_(positions))
     logits.backward(gradient)
-    return total / positions
 
 
 def sequences_together(length: int, vocabulary: int, itemsize: int) -> int:
