@@ -7,7 +7,7 @@ import contextlib
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,23 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from secateur.errors import ModelError
 from secateur.models.finite import all_finite
 from secateur.models.source import ModelFolder, first_line
-
-
-class Weights(Protocol):
-    """Weights by name, as `WeightReader` gives them and as a context manager around their use."""
-
-    def __enter__(self) -> "Weights": ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
-    def mapped(self, name: str) -> Tensor:
-        """Return a tensor that may be used only while they are open."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """Return a copy of a tensor."""
-        ...
-
 
 FLOAT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -5,8 +5,8 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from secateur.calibration.packing import CalibrationSet
 from secateur.calibration.shortlist import TokenChoice
+from secateur.checkpoint.bitmask import PackedWeight
+from secateur.checkpoint.dense import DenseWeight
 from secateur.checkpoint.format import (
     ACTIVATIONS,
     DENSE_ENCODING,
@@ -32,11 +34,11 @@ from secateur.checkpoint.format import (
     dump_json,
     shard_name,
 )
-from secateur.checkpoint.shards import write_outer_shard
+from secateur.checkpoint.shards import write_block_shard, write_outer_shard
 from secateur.checkpoint.shortlist import Shortlist
 from secateur.checkpoint.submodel import Provenance, finish_submodel
 from secateur.config import Recipe
-from secateur.errors import ModelError
+from secateur.errors import CheckpointError, ModelError
 from secateur.files import atomic_write_bytes, peak_memory
 from secateur.models.replay import record_inputs
 from secateur.models.structure import Block, embedding_weights
@@ -46,27 +48,23 @@ from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.forecast import TOKENS_PER_BATCH, Forecast, make_forecast
 from secateur.pruning.loop import BlockRun, Progress, prune_blocks
-from secateur.pruning.method import MethodFunction, Needs, Pruned, needs_gram
+from secateur.pruning.method import Pruned
 from secateur.pruning.methods import METHODS
-from secateur.pruning.pupil import Learnt, open_pupil
-from secateur.pruning.recovery import recover
-from secateur.pruning.weight import is_unmasked
+from secateur.pruning.pupil import open_pupil
+from secateur.pruning.recovery import Pupil, recover
+from secateur.pruning.weight import is_unmasked, pack_weight
 from secateur.pruning.workspace import Workspace
 
-# What has to be known of the inputs to round weights that recovery has changed.
-STORING_NEEDS: Needs = "cross_gram"
 VALUE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspace: Path) -> Forecast:
     """Forecast a derivation from headers alone; raises `ResourceError` when it cannot fit."""
-    needs = METHODS.get(recipe.method).needs
-    if recipe.recover and encoding_of(recipe).bits:
-        needs = STORING_NEEDS
+    needs_data = METHODS.get(recipe.method).needs != "nothing"
     return make_forecast(
         base.model,
         base.blocks,
-        tokens=0 if needs == "nothing" else tokens,
+        tokens=tokens if needs_data else 0,
         itemsize=base.dtype().itemsize,
         batch_tokens=_batch_size(recipe) * recipe.sequence_length,
         sparsity=recipe.sparsity,
@@ -74,15 +72,15 @@ def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspac
         output=workspace,
         encoding=encoding_of(recipe),
         trimmed=recipe.trim_vocabulary,
-        gram=needs_gram(needs),
-        streams=2 if follows_parent(recipe, needs) else 1,
+        gram=METHODS.get(recipe.method).needs_gram,
+        streams=2 if follows_parent(recipe) else 1,
         recovering=recipe.sequence_length if recipe.recover else 0,
     )
 
 
-def follows_parent(recipe: Recipe, needs: Needs) -> bool:
+def follows_parent(recipe: Recipe) -> bool:
     """Return whether the calibration set runs through the dense model too, beside the pruned one."""
-    return recipe.propagate and needs == "cross_gram"
+    return recipe.propagate and METHODS.get(recipe.method).needs == "cross_gram"
 
 
 def encoding_of(recipe: Recipe) -> Encoding:
@@ -92,11 +90,6 @@ def encoding_of(recipe: Recipe) -> Encoding:
 
 def _batch_size(recipe: Recipe) -> int:
     return max(1, TOKENS_PER_BATCH // recipe.sequence_length)
-
-
-def _keep(mask: Tensor) -> MethodFunction:
-    """Return what prunes a weight that is pruned already."""
-    return lambda weight, *_: Pruned(weight, mask)
 
 
 @contextmanager
@@ -151,49 +144,61 @@ class Job:
 
     def _prune(self, progress: Progress, timings: dict[str, float]) -> None:
         """Write the shards of all blocks; with recovery, first those that it begins with."""
-        folder, needs = self.workspace.folder, METHODS.get(self.recipe.method).needs
+        folder = self.workspace.folder
         if self.recovery is None:
-            encoding = encoding_of(self.recipe)
-            prune_blocks(self._block_run(folder, encoding, needs, timings), progress, timings)
+            prune_blocks(self._block_run(folder, encoding_of(self.recipe), timings), progress, timings)
             return
-        (folder / PRUNED).mkdir(exist_ok=True)
-        prune_blocks(self._block_run(folder / PRUNED, FLOATS, needs, timings), progress, timings)
+        pupil = self._pupil(folder / PRUNED, progress, timings)
         with _seconds(timings, "recover"):
-            learnt, masks = self._recover(self.recovery, progress)
-        encoding = encoding_of(self.recipe)
-        needs = STORING_NEEDS if encoding.bits else "nothing"
-        run = self._block_run(folder, encoding, needs, timings)
-        keep = {name: _keep(mask) for name, mask in masks.items()}
-        prune_blocks(replace(run, reader=learnt, method=keep.__getitem__), progress, timings)
+            token_ids = torch.from_numpy(self.recovery.token_ids)
+            recover(pupil, token_ids, folder / RECOVERY, lambda done, total: progress("recover", done, total))
+        for block in self.base.blocks:
+            self._write_learnt(block, pupil)
 
-    def _block_run(self, folder: Path, encoding: Encoding, needs: Needs, timings: dict[str, float]) -> BlockRun:
-        """Return what prunes the base's blocks by the recipe's method."""
-        function = METHODS.get(self.recipe.method).function
+    def _pupil(self, folder: Path, progress: Progress, timings: dict[str, float]) -> Pupil:
+        """Prune into a folder, unless recovery has been begun already, and return what is to learn."""
+        folder.mkdir(exist_ok=True)
+        shards = [self._shard(folder, block) for block in self.base.blocks]
+        stored, encoding = Stored(StoredWeights(FLOATS, self.base.shapes())), encoding_of(self.recipe)
+        if (self.workspace.folder / RECOVERY).exists():
+            with suppress(CheckpointError):  # a shard that the disk has damaged is made again
+                return open_pupil(self.base, shards, stored, encoding, self.device)
+        prune_blocks(self._block_run(folder, FLOATS, timings), progress, timings)
+        return open_pupil(self.base, shards, stored, encoding, self.device)
+
+    def _write_learnt(self, block: Block, pupil: Pupil) -> None:
+        """Write what a pupil has learnt, in the base's precision or as integers."""
+        path, encoding = self._shard(self.workspace.folder, block), encoding_of(self.recipe)
+        packed: dict[str, PackedWeight | DenseWeight] = {}
+        others: dict[str, Tensor] = {}
+        with self.base.reader as reader:
+            for name, parameter in pupil.weights_of(block.name).items():
+                weight = parameter.cpu().to(reader.mapped(name).dtype)
+                if name not in pupil.masks:
+                    others[name] = weight
+                    continue
+                pruned = Pruned(weight, pupil.masks[name].cpu())
+                codes = pupil.grids[name].quantised(parameter) if name in pupil.grids else None
+                whole = is_unmasked(encoding, self._sparsity()[name])
+                packed[name], _ = pack_weight(encoding, name, pruned, codes, weight.dtype, unmasked=whole)
+        write_block_shard(path, packed, others)
+
+    def _block_run(self, folder: Path, encoding: Encoding, timings: dict[str, float]) -> BlockRun:
+        needs_data = METHODS.get(self.recipe.method).needs != "nothing"
         return BlockRun(
             self.base.model,
             self.base.blocks,
             self.base.reader,
             self.recipe,
-            needs,
-            lambda _: function,
             self._sparsity(),
             encoding,
             lambda block: self._shard(folder, block),
-            self._embed(needs, timings) if needs != "nothing" else None,
+            self._embed(timings) if needs_data else None,
             self.device,
         )
 
     def _shard(self, folder: Path, block: Block) -> Path:
         return folder / shard_name(block.index + 1, len(self.base.blocks) + 1)
-
-    def _recover(self, text: CalibrationSet, progress: Progress) -> tuple[Learnt, dict[str, Tensor]]:
-        """Let the pruned model learn; return its weights and masks."""
-        shards = [self._shard(self.workspace.folder / PRUNED, block) for block in self.base.blocks]
-        pupil = open_pupil(self.base, shards, Stored(StoredWeights(FLOATS, self.base.shapes())), self.device)
-        state = self.workspace.folder / RECOVERY
-        token_ids = torch.from_numpy(text.token_ids)
-        recover(pupil, token_ids, state, lambda done, total: progress("recover", done, total))
-        return Learnt(pupil.weights, self.base.reader), {name: mask.cpu() for name, mask in pupil.masks.items()}
 
     def _sparsity(self) -> dict[str, float]:
         """Return the target sparsity of each prunable weight by name."""
@@ -213,12 +218,12 @@ class Job:
                 )
             progress("check", number + 1, len(names))
 
-    def _embed(self, needs: Needs, timings: dict[str, float]) -> Activations:
+    def _embed(self, timings: dict[str, float]) -> Activations:
         """Run everything before the first block over the calibration set and record what each block receives."""
         started = time.perf_counter()
         model, dtype, batch_size = self.base.model, self.base.dtype(), _batch_size(self.recipe)
         hidden_states = self._empty_activations(dtype)
-        parent = self._empty_activations(dtype, PARENT_ACTIVATIONS) if follows_parent(self.recipe, needs) else None
+        parent = self._empty_activations(dtype, PARENT_ACTIVATIONS) if follows_parent(self.recipe) else None
         decoder = model.get_decoder()
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         outer = [name for name in self.base.outer_names() if name.startswith(f"{prefix}.")]

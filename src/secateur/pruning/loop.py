@@ -25,10 +25,10 @@ from secateur.errors import CheckpointError, ModelError
 from secateur.files import release_freed_memory
 from secateur.models.replay import Call, run_block
 from secateur.models.structure import Block
-from secateur.models.weights import Weights, drop_parameters, set_parameters
+from secateur.models.weights import WeightReader, drop_parameters, set_parameters
 from secateur.pruning.activations import Activations
 from secateur.pruning.masks import Target
-from secateur.pruning.method import MethodFunction, Needs, needs_gram
+from secateur.pruning.methods import METHODS
 from secateur.pruning.weight import is_unmasked, prune_weight
 
 Progress = Callable[[str, int, int], None]
@@ -40,12 +40,6 @@ class BlockRun:
 
     Attributes
     ----------
-    reader
-        The weights that are pruned.
-    needs
-        What has to be known of the inputs.
-    method
-        Gives the function that prunes a weight, by its name.
     sparsity
         Target sparsity by weight name, from the budget.
     encoding
@@ -58,10 +52,8 @@ class BlockRun:
 
     model: PreTrainedModel
     blocks: tuple[Block, ...]
-    reader: Weights
+    reader: WeightReader
     recipe: Recipe
-    needs: Needs
-    method: Callable[[str], MethodFunction]
     sparsity: Mapping[str, float]
     encoding: Encoding
     shard: Callable[[Block], Path]
@@ -129,7 +121,7 @@ def _collect(
     """
     if run.activations is None:
         return {}
-    propagate, gram = run.recipe.propagate, needs_gram(run.needs)
+    propagate, gram = run.recipe.propagate, METHODS.get(run.recipe.method).needs_gram
     dtype = module.get_parameter(f"{linears[0]}.weight").dtype
     dense = {name.removeprefix(f"{block.name}."): one.to(run.device, dtype) for name, one in originals.items()}
     collector = StatisticsCollector(module, linears, stop_early=propagate, gram=gram, first_only=gram and propagate)
@@ -158,6 +150,7 @@ def _prune_weights(  # noqa: PLR0917
     statistics: Mapping[str, InputStatistics],
 ) -> dict[str, PackedWeight | DenseWeight]:
     """Prune weights of the block in place, side by side in threads, and return them packed."""
+    method = METHODS.get(run.recipe.method)
 
     def prune(linear: str) -> tuple[str, PackedWeight | DenseWeight]:
         name = block.weight_name(linear)
@@ -165,12 +158,12 @@ def _prune_weights(  # noqa: PLR0917
         # crc32 is a stable way to give each weight its own random numbers; nothing depends on it being strong.
         target = Target(run.sparsity[name], run.recipe.granularity, run.recipe.seed ^ zlib.crc32(name.encode()))
         original, found = originals[name].to(run.device), statistics.get(linear)
-        packed, kept = prune_weight(run.method(name), target, run.encoding, name, original, found, weight.dtype)
+        packed, kept = prune_weight(method, target, run.encoding, name, original, found, weight.dtype)
         # A parameter of its own: the old one is the original, which the parent is still run with.
         set_parameters(module, {f"{linear}.weight": kept.to(run.device, weight.dtype)})
         return name, packed
 
-    if needs_gram(run.needs):  # products and factorisations, which use all threads by themselves
+    if method.needs_gram:  # products and factorisations, which use all threads by themselves
         return dict(map(prune, linears))
     with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
         return dict(pool.map(prune, linears))

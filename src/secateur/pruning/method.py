@@ -17,11 +17,6 @@ from secateur.registry import Registry
 Needs = Literal["nothing", "input_norms", "gram", "cross_gram"]
 
 
-def needs_gram(needs: Needs) -> bool:
-    """Return whether the Gram matrix of the inputs is needed."""
-    return needs in {"gram", "cross_gram"}
-
-
 @dataclass(frozen=True)
 class Pruned:
     """What a method returns.
@@ -49,6 +44,11 @@ class Method:
     needs: Needs
     function: MethodFunction
     summary: str
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether it needs the Gram matrix of the inputs."""
+        return self.needs in {"gram", "cross_gram"}
 
 
 METHODS: Registry[Method] = Registry("method")

@@ -2,7 +2,8 @@
 
 Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) without labels: at every position of a text the
 Kullback-Leibler divergence from the parent's next-token probabilities to the sub-model's is lowered. What the mask
-keeps and the norms inside the blocks learn; embedding, head and what lies outside the blocks stay the parent's.
+keeps and the norms inside the blocks learn; embedding, head and what lies outside the blocks stay the parent's. Weights
+that will be stored as integers are rounded at every step, so that all others learn to make up for it.
 """
 
 import math
@@ -16,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.checkpoint.format import Encoding
+from secateur.checkpoint.quantise import OFFSETS, RANGES, Quantised
 from secateur.errors import ModelError
 from secateur.models.safetensors_writer import write_safetensors
 
@@ -31,6 +34,40 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
+class Grid:
+    """What a weight of integers can be: multiples of a scale for each group of inputs.
+
+    Attributes
+    ----------
+    scales
+        bfloat16 [out_features, groups], as they are stored.
+    encoding
+        Bits and group size.
+    """
+
+    scales: Tensor
+    encoding: Encoding
+
+    def integers(self, weight: Tensor) -> Tensor:
+        """Return the nearest codes, float32 [out_features, in_features], without their offset."""
+        lowest, highest = RANGES[self.encoding.bits]
+        scales = self._spread(weight)
+        return torch.where(scales == 0, 0.0, weight / scales).round_().clamp_(lowest, highest)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Return the nearest weight, float32 [out_features, in_features]."""
+        return self.integers(weight) * self._spread(weight)
+
+    def quantised(self, weight: Tensor) -> Quantised:
+        """Return the nearest weight as it is stored."""
+        codes = self.integers(weight) + OFFSETS[self.encoding.bits]
+        return Quantised(codes.to("cpu", torch.uint8), self.scales.cpu())
+
+    def _spread(self, weight: Tensor) -> Tensor:
+        return self.scales.float().repeat_interleave(self.encoding.group_size, 1)[:, : weight.shape[1]]
+
+
+@dataclass(frozen=True)
 class Pupil:
     """A sub-model that learns, beside its parent.
 
@@ -42,18 +79,27 @@ class Pupil:
         float32, by name: what learns, in full precision. The model holds a rounded copy.
     masks
         bool, by name, True = kept; a name of `weights` that is missing here learns whole.
+    grids
+        By name, where the values are integers: what a weight is rounded to. Gradients pass through the rounding as if
+        it were not there (the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432).
     """
 
     model: PreTrainedModel
     parent: PreTrainedModel
     weights: Mapping[str, nn.Parameter]
     masks: Mapping[str, Tensor]
+    grids: Mapping[str, Grid]
+
+    def weights_of(self, block: str) -> dict[str, Tensor]:
+        """Return the weights of one block by name."""
+        return {name: one.detach() for name, one in self.weights.items() if name.startswith(f"{block}.")}
 
     def round(self) -> None:
-        """Put the weights into the model, in its precision."""
+        """Put the weights into the model, rounded as they will be stored."""
         with torch.no_grad():
             for name, weight in self.weights.items():
-                self.model.get_parameter(name).copy_(weight)
+                grid = self.grids.get(name)
+                self.model.get_parameter(name).copy_(weight if grid is None else grid.nearest(weight))
 
 
 def recover(pupil: Pupil, token_ids: Tensor, state: Path, progress: Callable[[int, int], None]) -> None:

@@ -10,12 +10,12 @@ from secateur.checkpoint.format import Encoding
 from secateur.checkpoint.quantise import Quantised, quantise
 from secateur.pruning.layer_problem import LayerProblem
 from secateur.pruning.masks import Target, zero_removed
-from secateur.pruning.method import MethodFunction, Pruned
+from secateur.pruning.method import Method, Pruned
 from secateur.pruning.rounding import settle
 
 
 def prune_weight(  # noqa: PLR0917
-    method: MethodFunction,
+    method: Method,
     target: Target,
     encoding: Encoding,
     name: str,
@@ -31,9 +31,9 @@ def prune_weight(  # noqa: PLR0917
         if target.sparsity == 0:  # what loses nothing stays as it is, to the bit
             pruned = Pruned(weight, torch.ones(weight.shape, dtype=torch.bool))
         else:
-            pruned = method(weight, statistics, target)
+            pruned = method.function(weight, statistics, target)
         codes = _quantise(encoding, pruned, statistics, weight) if encoding.bits else None
-        return _pack(encoding, name, pruned, codes, dtype, unmasked=is_unmasked(encoding, target.sparsity))
+        return pack_weight(encoding, name, pruned, codes, dtype, unmasked=is_unmasked(encoding, target.sparsity))
 
 
 def is_unmasked(encoding: Encoding, sparsity: float) -> bool:
@@ -51,7 +51,7 @@ def _quantise(encoding: Encoding, pruned: Pruned, statistics: InputStatistics | 
     return settle(LayerProblem.of(dense, statistics), nearest, pruned.mask, bits=bits, group_size=group_size)
 
 
-def _pack(
+def pack_weight(
     encoding: Encoding,
     name: str,
     pruned: Pruned,
@@ -60,7 +60,7 @@ def _pack(
     *,
     unmasked: bool = False,
 ) -> tuple[PackedWeight | DenseWeight, Tensor]:
-    """Return a pruned weight as it is stored, and what a reader will make of that."""
+    """Return a pruned weight as it is stored, and what a reader will make of that; integers come as `codes`."""
     if codes is None:
         return pack(pruned.weight, pruned.mask), zero_removed(pruned.weight, pruned.mask)
     shape = (pruned.mask.shape[0], pruned.mask.shape[1])
