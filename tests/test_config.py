@@ -142,3 +142,18 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_defaults_are_those_of_the_paper():
     recipe = Recipe(domains=("python",))
     assert (recipe.method, recipe.granularity, recipe.sparsity) == ("wanda", "per_output", 0.5)
+
+
+def test_a_preset_stands_for_options_that_others_win_over(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("for: python\npreset: best\nmethod: sparsegpt\n")
+    assert make_recipe({"for": "python", "preset": "best"}).method == "admm"
+    assert make_recipe({"for": "python", "preset": "fast"}) == make_recipe({"for": "python"})
+    assert make_recipe({"for": "python", "preset": "balanced"}).correction == 0
+    assert make_recipe({"for": "python", "preset": "balanced", "correction": 0.25}).correction == 0.25
+    assert make_recipe({}, file).method == "sparsegpt"
+    balanced = make_recipe({"preset": "balanced"}, file)
+    assert (balanced.method, balanced.correction) == ("sparsegpt", 0)
+    assert "preset" not in balanced.to_dict()
+    with pytest.raises(ConfigError, match="unknown preset 'finest': known are fast, balanced, best"):
+        make_recipe({"for": "python", "preset": "finest"})

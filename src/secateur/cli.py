@@ -52,6 +52,9 @@ def derive(
         list[str] | None, typer.Option("--for", help="DOMAIN[=WEIGHT], a name or a path; may be repeated.")
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction to remove.", show_default="0.5")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="fast, balanced or best: how much time to spend on quality.", show_default="fast")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="See `secateur list methods`.", show_default="wanda")] = None,
     budget: Annotated[str | None, typer.Option(help="See `secateur list budgets`.", show_default="uniform")] = None,
     granularity: Annotated[str | None, typer.Option(help="per_output or per_layer.", show_default="per_output")] = None,
@@ -77,6 +80,10 @@ def derive(
             show_default="no-trim-vocabulary",
         ),
     ] = None,
+    correction: Annotated[
+        float | None,
+        typer.Option(help="admm: share of earlier errors that weights make up for.", show_default="0.5"),
+    ] = None,
     recover: Annotated[
         int | None, typer.Option(help="Tokens to learn from after pruning, beside the parent.", show_default="0")
     ] = None,
@@ -94,6 +101,7 @@ def derive(
         "model": model,
         "for": domains or None,
         "sparsity": sparsity,
+        "preset": preset,
         "method": method,
         "budget": budget,
         "granularity": granularity,
@@ -104,6 +112,7 @@ def derive(
         "values": values,
         "group_size": group_size,
         "trim_vocabulary": trim_vocabulary,
+        "correction": correction,
         "recover": recover,
     }
     settings = make_recipe(options, recipe)

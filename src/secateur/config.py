@@ -16,6 +16,14 @@ from secateur.errors import ConfigError
 Granularity = Literal["per_output", "per_layer"]
 Values = Literal["base", "int8", "int4"]
 GroupSize = Literal[32, 64, 128]
+# Of the drift of the inputs, for methods that know the parent's: all of it fits the calibration text too closely.
+DEFAULT_CORRECTION = 0.5
+# Options by what a user asks for, from the cheapest to the one that keeps most; all others and flags win over them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "wanda"},
+    "balanced": {"method": "admm", "correction": 0.0},
+    "best": {"method": "admm", "correction": DEFAULT_CORRECTION},
+}
 DEFAULT_GROUP_SIZES: dict[str, GroupSize] = {"int8": 128, "int4": 64}
 
 
@@ -46,6 +54,9 @@ class Recipe(BaseModel):
         Input positions that share a scale, for `int8` (128 when None) and `int4` (64); None with `base`.
     trim_vocabulary
         Whether the head computes only the tokens that the domains' text is made of.
+    correction
+        For `admm`: the share of what has gone wrong before a weight that the weight makes up for; 0 saves the parent's
+        passes.
     recover
         Tokens of the domains' text that the pruned model learns from, in whole sequences; 0: it does not.
     """
@@ -66,6 +77,7 @@ class Recipe(BaseModel):
     group_size: Annotated[GroupSize | None, Field(validate_default=True)] = None
     trim_vocabulary: bool = False
     recover: Annotated[int, Field(ge=0)] = 0
+    correction: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = DEFAULT_CORRECTION
 
     @field_validator("group_size", mode="after")
     @classmethod
@@ -99,7 +111,9 @@ class Recipe(BaseModel):
 
 
 def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
-    """Build a recipe; an explicit option (not None) wins over the file, the file over the default.
+    """Build a recipe; an option (not None) wins over the file, that over the preset, that over the default.
+
+    `preset` is an option like any other, but the recipe holds what it stands for.
 
     Raises
     ------
@@ -108,6 +122,11 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
     """
     merged: dict[str, Any] = dict(read_recipe_file(file)) if file is not None else {}
     merged.update({key: value for key, value in options.items() if value is not None})
+    preset = merged.pop("preset", None)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ConfigError(f"unknown preset {preset!r}: known are {', '.join(PRESETS)}")
+        merged = PRESETS[preset] | merged
     try:
         return Recipe(**merged)
     except ValidationError as error:

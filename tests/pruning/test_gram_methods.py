@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from secateur.calibration.statistics import InputStatistics
-from secateur.pruning.layer_problem import CORRECTION, DAMPING, LayerProblem, refit
+from secateur.config import DEFAULT_CORRECTION
+from secateur.pruning.layer_problem import DAMPING, LayerProblem, refit
 from secateur.pruning.masks import Target, keep_top
 from secateur.pruning.methods import METHODS
 from secateur.pruning.weight import prune_weight
@@ -66,15 +67,16 @@ def test_refit_finds_the_best_values_for_a_mask():
     assert errors[-1] == pytest.approx(error(exact(weight, mask, gram), weight, gram), rel=1e-3)
 
 
-def test_a_weight_makes_up_for_a_part_of_the_drift_of_its_inputs():
-    """Least squares of W X against the products of the dense weight with inputs half-way between X and the parent's."""
+@pytest.mark.parametrize("correction", [0.0, 0.25, DEFAULT_CORRECTION, 1.0])
+def test_a_weight_makes_up_for_a_part_of_the_drift_of_its_inputs(correction):
+    """Least squares of W X against the products of the dense weight with inputs on the way from X to the parent's."""
     weight, parents = layer()
     inputs = parents @ (torch.eye(48) + 0.1 * torch.randn(48, 48, generator=torch.Generator().manual_seed(1)))
     found = replace(statistics(inputs), cross=parents.T @ inputs)
-    problem = LayerProblem.of(weight, found)
+    problem = LayerProblem.of(weight, found, correction)
     mask = keep_top(weight.abs(), Target(0.5))
     ours = problem.restored(refit(problem, problem.dense, mask, 100), weight)
-    gram, mixed = damped(inputs), ((1 - CORRECTION) * inputs + CORRECTION * parents).double()
+    gram, mixed = damped(inputs), ((1 - correction) * inputs + correction * parents).double()
     wanted = weight.double() @ (mixed.T @ inputs.double() + DAMPING * torch.diag(found.gram.diagonal()).double())
     for row in range(len(weight)):
         kept = mask[row].nonzero().flatten()
@@ -248,3 +250,18 @@ def test_statistics_are_those_of_parent_and_sub_model(tmp_path, monkeypatch, fam
         torch.testing.assert_close(statistics.cross.double(), parents[name].T @ inputs[name], rtol=0, atol=1e-5 * scale)
     drifts = [float((one.cross - one.gram).norm() / one.gram.norm()) for one in seen.values()]
     assert min(drifts) < 1e-6 < 1e-2 < max(drifts)
+    # Without a correction the parent is not run.
+    derive_tiny(base, tmp_path / "alone", method="admm", correction=0.0)
+    assert all(one.cross is None for one in seen.values())
+
+
+def test_another_correction_gives_other_weights(tmp_path):
+    """By the method, and by the rounding of what another method has pruned."""
+    base = save_tiny(tmp_path / "base")
+    weights = {}
+    for correction in (0.0, 0.5, 1.0):
+        folder = tmp_path / str(correction)
+        derive_tiny(base, folder, method="admm", values="int4", correction=correction)
+        weights[correction] = masks_and_weights(folder)
+    for one, other in pairwise(weights.values()):
+        assert any(not torch.equal(one[name][1], other[name][1]) for name in one)

@@ -21,7 +21,7 @@ def admm(weight: Tensor, statistics: InputStatistics | None, target: Target) -> 
     The penalty on what parts the two copies grows, so that the mask can still change at first and settles at last.
     """
     assert statistics is not None  # noqa: S101 - the pipeline gives what `needs` names
-    problem = LayerProblem.of(weight, statistics)
+    problem = LayerProblem.of(weight, statistics, target.correction)
     identity = torch.eye(len(problem.gram), device=weight.device)
     dense, dual = problem.best_dense(), torch.zeros_like(problem.dense)  # the dual is divided by the penalty
     previous = _PENALTIES[0]

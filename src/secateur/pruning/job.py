@@ -80,7 +80,7 @@ def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspac
 
 def follows_parent(recipe: Recipe) -> bool:
     """Return whether the calibration set runs through the dense model too, beside the pruned one."""
-    return recipe.propagate and METHODS.get(recipe.method).needs == "cross_gram"
+    return recipe.propagate and recipe.correction > 0 and METHODS.get(recipe.method).needs == "cross_gram"
 
 
 def encoding_of(recipe: Recipe) -> Encoding:

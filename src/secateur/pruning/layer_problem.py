@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.statistics import InputStatistics
+from secateur.config import DEFAULT_CORRECTION
 from secateur.errors import ModelError
 
 DAMPING = 0.01  # of the mean of the diagonal (Frantar & Alistarh 2023, section 3.3)
 _MAX_DAMPING = 1.0
-# How much of the drift of the inputs a weight makes up for, c above: all of it fits the calibration text too closely.
-CORRECTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class LayerProblem:
     aim: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, statistics: InputStatistics) -> "LayerProblem":
-        """Scale a weight [out_features, in_features] and the Gram matrix of its inputs."""
+    def of(cls, weight: Tensor, statistics: InputStatistics, correction: float = DEFAULT_CORRECTION) -> "LayerProblem":
+        """Scale a weight [out_features, in_features] and the Gram matrix of its inputs; `correction` is c above."""
         assert statistics.gram is not None  # noqa: S101 - the pipeline gives what `needs` names
         gram = statistics.gram.to(weight.device)
         norms = gram.diagonal().sqrt()
@@ -58,7 +57,7 @@ class LayerProblem:
         aim = dense @ scaled
         if statistics.cross is not None:
             drift = (statistics.cross.to(weight.device) - gram) / norms / norms[:, None]
-            aim += dense @ drift * CORRECTION
+            aim += dense @ drift * correction
         return cls(dense, scaled, norms, aim)
 
     def restored(self, scaled: Tensor, original: Tensor) -> Tensor:

@@ -156,7 +156,8 @@ def _prune_weights(  # noqa: PLR0917
         name = block.weight_name(linear)
         weight = module.get_parameter(f"{linear}.weight")
         # crc32 is a stable way to give each weight its own random numbers; nothing depends on it being strong.
-        target = Target(run.sparsity[name], run.recipe.granularity, run.recipe.seed ^ zlib.crc32(name.encode()))
+        seed = run.recipe.seed ^ zlib.crc32(name.encode())
+        target = Target(run.sparsity[name], run.recipe.granularity, seed, run.recipe.correction)
         original, found = originals[name].to(run.device), statistics.get(linear)
         packed, kept = prune_weight(method, target, run.encoding, name, original, found, weight.dtype)
         # A parameter of its own: the old one is the original, which the parent is still run with.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.config import Granularity
+from secateur.config import DEFAULT_CORRECTION, Granularity
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,14 @@ class Target:
         The group inside which scores compete.
     seed
         For methods that draw random numbers; differs from weight to weight.
+    correction
+        For methods that know the parent's inputs: the share of the drift from them that a weight makes up for, 0 to 1.
     """
 
     sparsity: float
     granularity: Granularity = "per_output"
     seed: int = 0
+    correction: float = DEFAULT_CORRECTION
 
 
 def keep_top(score: Tensor, target: Target) -> Tensor:

@@ -19,7 +19,7 @@ def sparsegpt(weight: Tensor, statistics: InputStatistics | None, target: Target
     block's part of a row, or within the whole block for `per_layer`, as in the paper.
     """
     assert statistics is not None  # noqa: S101 - the pipeline gives what `needs` names
-    problem = LayerProblem.of(weight, statistics)
+    problem = LayerProblem.of(weight, statistics, target.correction)
     upper, current = problem.factor().to(weight.device), problem.dense.clone()
     width = current.shape[1]
     mask = torch.empty(current.shape, dtype=torch.bool, device=weight.device)

@@ -32,7 +32,7 @@ def prune_weight(  # noqa: PLR0917
             pruned = Pruned(weight, torch.ones(weight.shape, dtype=torch.bool))
         else:
             pruned = method.function(weight, statistics, target)
-        codes = _quantise(encoding, pruned, statistics, weight) if encoding.bits else None
+        codes = _quantise(encoding, target, pruned, statistics, weight) if encoding.bits else None
         return pack_weight(encoding, name, pruned, codes, dtype, unmasked=is_unmasked(encoding, target.sparsity))
 
 
@@ -41,14 +41,17 @@ def is_unmasked(encoding: Encoding, sparsity: float) -> bool:
     return encoding.bits > 0 and sparsity == 0
 
 
-def _quantise(encoding: Encoding, pruned: Pruned, statistics: InputStatistics | None, dense: Tensor) -> Quantised:
+def _quantise(
+    encoding: Encoding, target: Target, pruned: Pruned, statistics: InputStatistics | None, dense: Tensor
+) -> Quantised:
     """Return codes for what is kept; with a Gram matrix they make up for each other, and for what was removed."""
     bits, group_size = encoding.bits, encoding.group_size
     importance = None if statistics is None else statistics.sum_squares
     nearest = quantise(pruned.weight, pruned.mask, importance, bits=bits, group_size=group_size)
     if statistics is None or statistics.gram is None:
         return nearest
-    return settle(LayerProblem.of(dense, statistics), nearest, pruned.mask, bits=bits, group_size=group_size)
+    problem = LayerProblem.of(dense, statistics, target.correction)
+    return settle(problem, nearest, pruned.mask, bits=bits, group_size=group_size)
 
 
 def pack_weight(

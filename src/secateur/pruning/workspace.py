@@ -30,6 +30,9 @@ from secateur.checkpoint.format import (
 from secateur.errors import CheckpointError, ConfigError, OutputError
 from secateur.files import atomic_write_bytes, make_parents, remove_empty
 
+# Options that recipes did not have at first, and what was done then.
+_LATER_OPTIONS = {"values": "base", "group_size": None, "trim_vocabulary": False, "recover": 0, "correction": 0.5}
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -179,14 +182,11 @@ def check_finished(output: Path, plan: dict[str, Any]) -> None:
 
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:
-    """Append the options that recipes did not have at first, with what was done then."""
-    recipe, first = (
-        content.get("recipe"),
-        {"values": "base", "group_size": None, "trim_vocabulary": False, "recover": 0},
-    )
+    """Append the options that a recipe of an earlier version lacks."""
+    recipe = content.get("recipe")
     if not isinstance(recipe, dict):
         return content
-    return {**content, "recipe": recipe | {key: value for key, value in first.items() if key not in recipe}}
+    return {**content, "recipe": recipe | {key: one for key, one in _LATER_OPTIONS.items() if key not in recipe}}
 
 
 def _decisive(value: Any) -> Any:
