@@ -64,9 +64,24 @@ def test_derive_as_json_with_a_recipe_and_a_flag_that_wins(inputs, work, capsys)
         "values": "base",
         "group_size": None,
         "trim_vocabulary": False,
+        "recover": 0,
+        "correction": 0.5,
     }
     assert result["log"]["seconds"] > 0
     assert json.loads((work / "deep/out/secateur.json").read_text())["recipe"] == result["recipe"]
+
+
+def test_a_preset_and_recovery(inputs, work, capsys):
+    arguments = ["derive", str(inputs / "base"), "--for", str(inputs / "text"), "--samples", "2", "--preset", "best"]
+    outcome = run([*arguments, "--sequence-length", "32", "--recover", "100", "-o", "out", "--json"], capsys)
+    assert outcome.code == 0
+    result = json.loads(outcome.out)
+    assert (result["recipe"]["method"], result["recipe"]["recover"]) == ("admm", 100)
+    assert (result["recovery"]["samples"], result["recovery"]["sequence_length"]) == (3, 32)
+    assert run(["inspect", "out", "--verify"], capsys).code == 0
+    outcome = run([*arguments, "--preset", "finest", "-o", "other"], capsys)
+    assert outcome.code == 1
+    assert "unknown preset 'finest': known are fast, balanced, best" in outcome.err
 
 
 def test_a_trimmed_vocabulary(inputs, work, capsys):

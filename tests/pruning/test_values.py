@@ -81,8 +81,8 @@ def test_what_is_put_into_the_block_is_what_a_reader_unpacks():
     pruned = step.Pruned(weight, torch.rand(20, 100, generator=generator) < 0.5)
     statistics = InputStatistics(torch.rand(100, generator=generator), 7)
     encoding = step.Encoding("int4", 32)
-    codes = step._quantise(encoding, pruned, statistics, weight)
-    packed, kept = step._pack(encoding, "w", pruned, codes, torch.bfloat16)
+    codes = step._quantise(encoding, step.Target(0.5), pruned, statistics, weight)
+    packed, kept = step.pack_weight(encoding, "w", pruned, codes, torch.bfloat16)
     assert kept.dtype == torch.bfloat16
     exact, mask = step.unpack(packed, (20, 100), "w", encoding)
     assert torch.equal(kept, exact.bfloat16())
