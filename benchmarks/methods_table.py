@@ -14,7 +14,6 @@ lowest and highest seed:
 """
 
 import argparse
-import json
 import math
 import platform
 import shutil
@@ -23,7 +22,9 @@ from pathlib import Path
 import torch
 
 import secateur
+from secateur.checkpoint.format import LOG, dump_json, read_json
 from secateur.config import PRESETS, make_recipe
+from secateur.files import atomic_write_bytes
 from secateur.models.source import resolve_model
 from secateur.pruning.derive import derive_recipe
 
@@ -49,26 +50,27 @@ def measured(options, model):
 def cached(options, name, settings, make):
     """Return what `make` gives, from OUT where it was made with the same settings."""
     path = options.output / f"{name}.json"
-    settings = settings | {"limit": options.limit, "measured": options.measured}
+    common = {key: getattr(options, key) for key in ("model", "limit", "measured")}
+    settings = {**settings, **common, "data": str(options.data)}
     if not path.exists():
-        path.write_text(json.dumps({"settings": settings, **make()}, indent=1))
-    content = json.loads(path.read_text())
+        atomic_write_bytes(path, dump_json({"settings": settings, **make()}))
+    content = read_json(path)
     if content["settings"] != settings:
         raise SystemExit(f"{path} was made with other options: name another folder")
     return content
 
 
 def sub_model(options, variant, domain, sparsity, seed):
-    name = f"{domain}-{sparsity}-{seed}-{variant}"
+    name = f"{domain.replace('/', '_')}-{sparsity}-{seed}-{variant}"
     recipe = recipe_of(options, variant, domain, sparsity, seed)
 
     def make():
         folder = options.output / name
-        submodel = derive_recipe(recipe, output=folder, data=options.data, resume=True)
-        found = {"perplexity": measured(options, folder), "log": submodel.log}
+        derive_recipe(recipe, output=folder, data=options.data, resume=True)
+        found = {"perplexity": measured(options, folder), "log": read_json(folder / LOG)}
         if not options.keep:
             shutil.rmtree(folder)
-        print(f"{name}: {submodel.log.get('seconds', '-')} s, {found['perplexity']}", flush=True)
+        print(f"{name}: {found['log']['seconds']} s, {found['perplexity']}", flush=True)
         return found
 
     return cached(options, name, {"recipe": recipe.to_dict()}, make)
@@ -95,7 +97,8 @@ def row(options, parent, results, variant):
     for other in options.measured:
         ratios = [one["perplexity"][other] / parent[other] for one in results[variant].values()]
         cells.append(span(ratios, "{:.2f}"))
-    cells.append(span([one["log"].get("seconds", math.nan) for one in results[variant].values()], "{:.0f}"))
+    seconds = [one["log"]["seconds"] for one in results[variant].values() if not one["log"]["resumed"]]
+    cells.append(span(seconds, "{:.0f}") if seconds else "")
     return cells
 
 
@@ -125,8 +128,7 @@ def main():
             for variant in options.variants:
                 runs = {seed: sub_model(options, variant, domain, sparsity, seed) for seed in options.seeds}
                 results[variant] = runs
-                rows.append(row(options, parent, results, variant))
-                print("| " + " | ".join(rows[-1]) + " |", flush=True)
+            rows += [row(options, parent, results, variant) for variant in options.variants]
     print()
     for number, cells in enumerate(rows):
         print("| " + " | ".join(cells) + " |")

@@ -87,14 +87,6 @@ class Recipe(BaseModel):
             raise ValueError("only int8 and int4 values have groups; leave it out")
         return DEFAULT_GROUP_SIZES.get(info.data.get("values", "")) if value is None else value
 
-    @field_validator("recover", mode="after")
-    @classmethod
-    def _whole_sequences(cls, value: int, info: ValidationInfo) -> int:
-        length = info.data.get("sequence_length", 0)
-        if 0 < value < length:
-            raise ValueError(f"less than one sequence of {length} tokens; give more, or leave it out")
-        return value
-
     @field_validator("domains", mode="before")
     @classmethod
     def _domains_as_strings(cls, value: object) -> object:
@@ -124,7 +116,7 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
     merged.update({key: value for key, value in options.items() if value is not None})
     preset = merged.pop("preset", None)
     if preset is not None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"unknown preset {preset!r}: known are {', '.join(PRESETS)}")
         merged = PRESETS[preset] | merged
     try:
@@ -153,7 +145,7 @@ def _first_problem(error: ValidationError, file: Path | None) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "recipe"
     where = f" in recipe {str(file)!r}" if file is not None else ""
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(field.alias or name for name, field in Recipe.model_fields.items())
+        known = ", ".join(["preset", *(field.alias or name for name, field in Recipe.model_fields.items())])
         return f"unknown option {key!r}{where}: known are {known}"
     if problem["type"] == "missing":
         return f"option {key!r} is missing{where}: say what the sub-model is for, such as python"

@@ -1,20 +1,26 @@
 """Recovery: gradients against autograd, what learns and what does not, interruptions, and what is written down."""
 
+import errno
 import math
 from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import secateur  # noqa: F401 - registers the format
-from secateur.checkpoint.format import CARD, MANIFEST, PRUNED, RECOVERY, read_json
+from secateur.checkpoint.format import CARD, MANIFEST, PRUNED, PRUNED_WHOLE, RECOVERY, read_json
 from secateur.checkpoint.inspect import inspect
+from secateur.config import make_recipe
 from secateur.errors import ConfigError, ModelError, OutputError, ResourceError
 from secateur.pruning import recovery
+from secateur.pruning.derive import derive_recipe
+from secateur.pruning.job import Job
 from secateur.pruning.recovery import distil, rate
+from tests.pruning.test_base import tied_base
 from tests.pruning.tiny_derivation import Interrupt, calibration, contents, derive_tiny, masks_and_weights
 from tests.tiny import save_tiny
 
@@ -42,6 +48,11 @@ def divergence(model, parent, token_ids):
     """KL(parent || model) in nats at the mean position."""
     ours, theirs = (one(input_ids=token_ids).logits.double().log_softmax(-1) for one in (model, parent))
     return functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
+
+
+def save_always(monkeypatch):
+    monkeypatch.setattr(recovery, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(recovery, "_SAVE_SHARE", math.inf)
 
 
 def interrupted(base, out, moment, **options):
@@ -95,7 +106,7 @@ def test_what_lies_outside_the_blocks_stays_the_parents(base, tmp_path):
 @pytest.mark.parametrize("moment", [("prune", 1), ("recover", 0), ("recover", 4), ("recover", 6)])
 def test_an_interrupted_recovery_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch, options, moment):
     derive_tiny(base, tmp_path / "whole", recovery=TEXT, **options)
-    monkeypatch.setattr(recovery, "_SAVE_SECONDS", 0.0)
+    save_always(monkeypatch)
     interrupted(base, tmp_path / "out", moment, **options)
     partial = tmp_path / "out.partial"
     assert (partial / RECOVERY).exists() == (moment[1] > 1)
@@ -109,7 +120,7 @@ def test_an_interrupted_recovery_goes_on_to_the_same_bytes(base, tmp_path, monke
 
 def test_a_damaged_shard_is_made_again(base, tmp_path, monkeypatch):
     derive_tiny(base, tmp_path / "whole", recovery=TEXT)
-    monkeypatch.setattr(recovery, "_SAVE_SECONDS", 0.0)
+    save_always(monkeypatch)
     interrupted(base, tmp_path / "out", ("recover", 3))
     shard = min((tmp_path / "out.partial" / PRUNED).iterdir())
     shard.write_bytes(shard.read_bytes()[:1000])
@@ -117,14 +128,174 @@ def test_a_damaged_shard_is_made_again(base, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_damaged_state_is_made_again(base, tmp_path, monkeypatch):
+def cut(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def rewrite(change):
+    """Return what changes the tensors and the metadata of a state."""
+
+    def damage(path):
+        with safe_open(path, framework="pt") as file:
+            said, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        save_file(tensors, path, change(tensors, said))
+
+    return damage
+
+
+def without_metadata(tensors, said):
+    return None
+
+
+def another_length(tensors, said):
+    return {**said, "steps": "7"}
+
+
+def beyond_the_end(tensors, said):
+    return {**said, "step": "7"}
+
+
+def no_number(tensors, said):
+    return {**said, "step": "three"}
+
+
+def one_less(tensors, said):
+    tensors.popitem()
+    return said
+
+
+def another_shape(tensors, said):
+    name = next(iter(tensors))
+    tensors[name] = torch.zeros(1)
+    return said
+
+
+def not_finite(tensors, said):
+    next(iter(tensors.values())).view(-1)[0] = math.nan
+    return said
+
+
+CHANGES = [without_metadata, another_length, beyond_the_end, no_number, one_less, another_shape, not_finite]
+
+
+@pytest.mark.parametrize("damage", [cut, *map(rewrite, CHANGES)], ids=["cut", *(one.__name__ for one in CHANGES)])
+def test_a_damaged_state_is_made_again(base, tmp_path, monkeypatch, damage):
     derive_tiny(base, tmp_path / "whole", recovery=TEXT)
-    monkeypatch.setattr(recovery, "_SAVE_SECONDS", 0.0)
+    save_always(monkeypatch)
     interrupted(base, tmp_path / "out", ("recover", 3))
-    state = tmp_path / "out.partial" / RECOVERY
-    state.write_bytes(state.read_bytes()[:1000])
+    damage(tmp_path / "out.partial" / RECOVERY)
+    steps = []
+    watch = lambda stage, done, _: steps.append(done) if stage == "recover" else None  # noqa: E731
+    derive_tiny(base, tmp_path / "out", recovery=TEXT, resume=True, progress=watch)
+    assert steps[0] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moment", ["_write_learnt", "_finish"])
+def test_what_is_learnt_is_not_learnt_again(base, tmp_path, monkeypatch, moment):
+    """Killed when the last block was to be written, and when all were and the state was gone already."""
+    derive_tiny(base, tmp_path / "whole", recovery=TEXT)
+    real, calls = getattr(Job, moment), []
+
+    def stop(job, *arguments):
+        calls.append(1)
+        if len(calls) == (len(job.base.blocks) if moment == "_write_learnt" else 1):
+            raise Interrupt
+        return real(job, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, moment, stop)
+        with pytest.raises(Interrupt):
+            derive_tiny(base, tmp_path / "out", recovery=TEXT)
+    if moment == "_finish":
+        (tmp_path / "out.partial" / RECOVERY).unlink()
+    stages = set()
+    derive_tiny(base, tmp_path / "out", recovery=TEXT, resume=True, progress=lambda stage, *_: stages.add(stage))
+    assert "prune" not in stages
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_error_in_recovery_leaves_what_is_pruned(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "distil", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            derive_tiny(base, tmp_path / "out", recovery=TEXT)
+    assert (tmp_path / "out.partial" / PRUNED_WHOLE).exists()
+    stages = set()
+    derive_tiny(base, tmp_path / "out", recovery=TEXT, resume=True, progress=lambda stage, *_: stages.add(stage))
+    assert "prune" not in stages
+
+
+def test_a_full_disk_while_the_state_is_saved(base, tmp_path, monkeypatch):
+    derive_tiny(base, tmp_path / "whole", recovery=TEXT)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "write_safetensors", full)
+        with pytest.raises(OutputError, match=r"the disk is full.*--resume"):
+            derive_tiny(base, tmp_path / "out", recovery=TEXT)
     derive_tiny(base, tmp_path / "out", recovery=TEXT, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("head", [1, 2])
+def test_a_head_that_is_not_the_embedding(tmp_path, monkeypatch, head):
+    """A model that ties the two and stores a head: the same one, or another, which transformers then unties."""
+    base, seen = tied_base(tmp_path, head), []
+    real = recovery.distil
+
+    def noting(model, parent, token_ids, **options):
+        seen.append([one(input_ids=token_ids).logits.detach() for one in (model, parent)])
+        real(model, parent, token_ids, **options)
+
+    monkeypatch.setattr(recovery, "distil", noting)
+    derive_tiny(base, tmp_path / "sub", recovery=TEXT)
+    wanted = AutoModelForCausalLM.from_pretrained(base)(input_ids=torch.from_numpy(TEXT.token_ids[:2])).logits
+    assert torch.equal(seen[0][1], wanted)
+    assert not torch.equal(seen[0][0], wanted)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "gemma2", "starcoder2", "opt"])
+@pytest.mark.parametrize("values", ["base", "int8"])
+def test_every_family_learns(tmp_path, family, values):
+    base = save_tiny(tmp_path / "base", family)
+    derive_tiny(base, tmp_path / "pruned", values=values)
+    derive_tiny(base, tmp_path / "learnt", recovery=TEXT, values=values)
+    parent, token_ids = opened(base), torch.from_numpy(TEXT.token_ids)
+    before, after = (divergence(opened(tmp_path / one), parent, token_ids).item() for one in ("pruned", "learnt"))
+    assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("values", ["base", "int4"])
+def test_embedding_and_head_are_those_that_are_stored(base, tmp_path, monkeypatch, values):
+    """The last model that ran is the one that is stored, to the last bit, in what it puts out too."""
+    seen = []
+    monkeypatch.setattr(recovery, "recover", lambda pupil, *_: seen.append(pupil))
+    monkeypatch.setattr("secateur.pruning.job.recover", recovery.recover)
+    derive_tiny(base, tmp_path / "sub", recovery=TEXT, values=values)
+    seen[0].round()
+    token_ids = torch.from_numpy(TEXT.token_ids)
+    ours, stored = (one(input_ids=token_ids).logits for one in (seen[0].model, opened(tmp_path / "sub")))
+    torch.testing.assert_close(ours, stored, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_a_step_add_up(base, tmp_path, monkeypatch):
+    derive_tiny(base, tmp_path / "together", recovery=TEXT)
+    monkeypatch.setattr(recovery, "_LOGITS_BYTES", 1)
+    calls, real = [], recovery.distil
+    monkeypatch.setattr(recovery, "distil", lambda *given, **options: (calls.append(1), real(*given, **options)))
+    derive_tiny(base, tmp_path / "apart", recovery=TEXT)
+    assert len(calls) == len(TEXT.token_ids)
+    one, other = masks_and_weights(tmp_path / "together"), masks_and_weights(tmp_path / "apart")
+    for name in one:
+        torch.testing.assert_close(one[name][1], other[name][1], rtol=0.05, atol=3e-3)
+
+
+def test_text_longer_than_a_step(base, tmp_path):
+    derive_tiny(base, tmp_path / "sub", recovery=calibration(samples=2, sequence_length=120, seed=9))
+    assert read_json(tmp_path / "sub" / MANIFEST)["recipe"]["recover"] == 240
 
 
 @pytest.mark.parametrize("values", ["int8", "int4"])
@@ -182,7 +353,7 @@ def test_the_manifest_says_from_what_it_learnt(base, tmp_path):
         assert "12 x 48 tokens" in text
         assert TEXT.sha256[:16] in text
         assert "recovery" not in other
-    assert "norms inside the blocks have learnt" in told[1]
+    assert "norms and biases inside the blocks have learnt" in told[1]
     assert "norms are those of the parent" in others[1]
 
 
@@ -197,12 +368,26 @@ def test_memory_and_disk_are_forecast(base, tmp_path, monkeypatch):
     said = {}
     for name, text in {"without": None, "with": TEXT}.items():
         derive_tiny(base, tmp_path / name, recovery=text, announce=lambda line, name=name: said.setdefault(name, line))
-    needed = {name: float(line.split()[2]) for name, line in said.items()}
-    assert needed["with"] > needed["without"]
+    memory, disk = ({name: float(line.split()[at]) for name, line in said.items()} for at in (2, -7))
+    assert memory["with"] > memory["without"]
+    assert disk["with"] > disk["without"]
     monkeypatch.setattr("secateur.pruning.forecast.available_memory", lambda: 2_000_000)
     derive_tiny(base, tmp_path / "fits")
-    with pytest.raises(ResourceError, match="memory"):
+    with pytest.raises(ResourceError, match=r"recovery holds the whole model.*leave out --recover"):
         derive_tiny(base, tmp_path / "does not", recovery=TEXT)
+
+
+def test_the_disk_that_an_interrupted_run_has_taken_is_not_asked_for_again(base, tmp_path, monkeypatch):
+    save_always(monkeypatch)
+    interrupted(base, tmp_path / "out", ("recover", 3))
+    partial = tmp_path / "out.partial"
+    taken = sum(path.stat().st_size for path in [*(partial / PRUNED).glob("*.safetensors"), partial / RECOVERY])
+    said = []
+    for name in ("anew", "out"):
+        options = {"announce": said.append, "resume": name == "out"}
+        derive_tiny(base, tmp_path / name, recovery=TEXT, **options)
+    anew, resumed = (float(line.split()[-7]) * 1e6 for line in said)
+    assert anew - resumed == pytest.approx(taken, abs=1e6)
 
 
 def test_numbers_that_are_none_end_it(base, tmp_path, monkeypatch):
@@ -227,8 +412,9 @@ def test_rates_rise_and_fall():
 
 
 @pytest.mark.parametrize("tokens", [-1, 47])
-def test_less_than_a_sequence_is_refused(tokens):
-    from secateur.config import make_recipe
-
+def test_less_than_a_sequence_is_refused(base, tmp_path, tokens):
     with pytest.raises(ConfigError, match="recover"):
-        make_recipe({"for": "python", "sequence_length": 48, "recover": tokens})
+        derive_recipe(
+            make_recipe({"model": str(base), "for": "python", "sequence_length": 48, "recover": tokens}),
+            output=tmp_path / "out",
+        )

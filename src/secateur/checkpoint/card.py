@@ -47,7 +47,10 @@ _RECOVERED = (
     "\n| recovery | learnt the parent's probabilities on {samples} x {sequence_length} tokens, SHA-256 `{sha256}` |"
 )
 _UNTOUCHED, _ROUNDED = "embeddings and head are those of the parent", "embedding and head are the parent's in int8"
-_NORMS = {True: "norms inside the blocks have learnt with the weights", False: "norms are those of the parent"}
+_NORMS = {
+    True: "norms and biases inside the blocks have learnt with the weights",
+    False: "norms are those of the parent",
+}
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ ACTIVATIONS = "activations.bin"
 PARENT_ACTIVATIONS = "activations-parent.bin"
 # Of a derivation with recovery: the folder of its pruned shards, and the state of what it has learnt.
 PRUNED = "pruned"
+PRUNED_WHOLE = f"{PRUNED}/whole"  # an empty file, there once all shards are
 RECOVERY = "recovery.state"
 LOCK = "derivation.lock"
 # The manifest cannot hold its own hash; the others tell how the work went, or exist only while it goes on.

@@ -172,6 +172,11 @@ def derive_recipe(
     METHODS.get(recipe.method)
     BUDGETS.get(recipe.budget)
     mixture = parse_mixture(recipe.domains)
+    if 0 < recipe.recover < recipe.sequence_length:
+        raise ConfigError(
+            f"recovery from {recipe.recover} tokens is less than one sequence of {recipe.sequence_length}: "
+            "give --recover more, or leave it out"
+        )
     checked_device(device)
     if not resume:
         check_output(Path(os.path.normpath(output)))
@@ -187,6 +192,8 @@ def derive_recipe(
 
     calibration = draw(recipe.samples)
     recovery = draw(recipe.recover // recipe.sequence_length) if recipe.recover else None
+    if recovery is not None:
+        recipe = recipe.model_copy(update={"recover": recovery.token_ids.size})
     execution = Execution(output, device, threads, resume, progress, announce, data)
     return _derive(base, recipe, calibration, recovery, execution)
 
@@ -226,7 +233,7 @@ def _derive(
         check_finished(target, _plan(base, recipe, (calibration, recovery), shortlist, execution))
         return SubModel(target, read_json(target / MANIFEST), {})
     threads = execution.threads or torch.get_num_threads()
-    forecast = forecast_job(base, recipe, calibration.token_ids.size, threads, partial_folder(target))
+    forecast = forecast_job(base, recipe, calibration.token_ids.size, recovery, threads, partial_folder(target))
     if execution.announce is not None:
         execution.announce(forecast.describe())
     plan = _plan(base, recipe, (calibration, recovery), shortlist, execution)

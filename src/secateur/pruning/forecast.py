@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from secateur.checkpoint.format import DENSE_ENCODING, FLOATS, Encoding
+from secateur.checkpoint.format import DENSE_ENCODING, FLOATS, PRUNED, RECOVERY, Encoding
 from secateur.errors import ResourceError
 from secateur.files import available_memory
 from secateur.models.structure import Block, embedding_weights
@@ -40,6 +40,8 @@ class Forecast:
         The inputs of the current block for the whole calibration set.
     working_memory
         Everything else that is in memory at once: one block's weights, scores and packed values, and one batch.
+    recovery
+        What the pruned model, its parent and the optimiser take while it learns, after all of that; 0 if it does not.
     disk
         An upper bound of the output folder, with the activations when they are mapped.
     available_memory, available_disk
@@ -50,6 +52,7 @@ class Forecast:
 
     activations: int
     working_memory: int
+    recovery: int
     disk: int
     available_memory: int
     available_disk: int
@@ -58,7 +61,7 @@ class Forecast:
     def describe(self) -> str:
         """Return the forecast in one line."""
         where = "in a mapped file" if self.map_activations else "in memory"
-        needed = self.working_memory + (0 if self.map_activations else self.activations)
+        needed = max(self.working_memory + (0 if self.map_activations else self.activations), self.recovery)
         return (
             f"needs about {_size(needed)} of {_size(self.available_memory)} free memory "
             f"(activations {_size(self.activations)}, {where}) "
@@ -129,8 +132,7 @@ def make_forecast(
     working = 2 * largest * itemsize + 16 * side_by_side + batch
     if gram:
         working += max(_gram_bytes(model, block, streams) for block in blocks)
-    if recovering:
-        working = max(working, _recovery_bytes(model, blocks, itemsize, recovering))
+    recovery = _recovery_bytes(model, blocks, itemsize, recovering) if recovering else 0
     outer = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
     rounded = _rounded_entries(model) if encoding.bits else 0
     # Reordered rows are a second copy of what is written.
@@ -145,12 +147,18 @@ def make_forecast(
     )
     if recovering:  # pruned shards, and the state beside the one that takes its place
         disk += int(sum(sizes) * (1 / 8 + (1 - sparsity) * itemsize)) + 2 * STATE_BYTES * _learning(model, blocks)
-    disk -= sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    written = [*output.glob("*.safetensors"), *(output / PRUNED).glob("*.safetensors"), *output.glob(RECOVERY)]
+    disk -= sum(path.stat().st_size for path in written)
     memory, free_disk = available_memory(), shutil.disk_usage(_existing_parent(output)).free
     map_activations = activations + working > MEMORY_SHARE * memory
-    forecast = Forecast(
-        activations, working, disk + (activations if map_activations else 0), memory, free_disk, map_activations
-    )
+    if map_activations:
+        disk += activations
+    forecast = Forecast(activations, working, recovery, disk, memory, free_disk, map_activations)
+    if recovery > MEMORY_SHARE * memory:
+        raise ResourceError(
+            f"recovery holds the whole model, its parent and their optimiser, about {_size(recovery)} of memory, and "
+            f"{_size(memory)} are free: leave out --recover, shorten --sequence-length, or use a larger machine"
+        )
     if working > MEMORY_SHARE * memory:
         raise ResourceError(
             f"one block of this model needs about {_size(working)} of memory and {_size(memory)} are free: "
@@ -182,11 +190,15 @@ def _recovery_bytes(model: PreTrainedModel, blocks: tuple[Block, ...], itemsize:
     """Return what the model, its parent, the optimiser and one step of recovery take."""
     config = model.config.get_text_config(decoder=True)
     learning = _learning(model, blocks)
-    models = itemsize * (sum(parameter.numel() for parameter in model.parameters()) + 2 * learning)
+    # The parent, what is not shared with it, gradients, and a byte for each entry of a mask.
+    models = itemsize * (sum(parameter.numel() for parameter in model.parameters()) + 2 * learning) + learning
+    models += itemsize * _rounded_entries(model)
     tokens = length * sequences_together(length, config.vocab_size, itemsize)
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     kept = len(blocks) * tokens * itemsize * (KEPT_INTERMEDIATE * intermediate + KEPT_HIDDEN * hidden)
+    if model.config._attn_implementation == "eager":  # which keeps the probabilities of all pairs of positions
+        kept += len(blocks) * tokens * length * config.num_attention_heads * (itemsize + FLOAT_BYTES)
     logits = LOGITS_COPIES * tokens * config.vocab_size * itemsize
     return int(models + (STATE_BYTES + FLOAT_BYTES) * learning + kept + logits)
 

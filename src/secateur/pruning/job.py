@@ -26,6 +26,7 @@ from secateur.checkpoint.format import (
     MANIFEST,
     PARENT_ACTIVATIONS,
     PRUNED,
+    PRUNED_WHOLE,
     RECOVERY,
     Encoding,
     Stored,
@@ -34,7 +35,7 @@ from secateur.checkpoint.format import (
     dump_json,
     shard_name,
 )
-from secateur.checkpoint.shards import write_block_shard, write_outer_shard
+from secateur.checkpoint.shards import read_shard, write_block_shard, write_outer_shard
 from secateur.checkpoint.shortlist import Shortlist
 from secateur.checkpoint.submodel import Provenance, finish_submodel
 from secateur.config import Recipe
@@ -58,7 +59,9 @@ from secateur.pruning.workspace import Workspace
 VALUE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspace: Path) -> Forecast:
+def forecast_job(  # noqa: PLR0917
+    base: Base, recipe: Recipe, tokens: int, recovery: CalibrationSet | None, threads: int, workspace: Path
+) -> Forecast:
     """Forecast a derivation from headers alone; raises `ResourceError` when it cannot fit."""
     needs_data = METHODS.get(recipe.method).needs != "nothing"
     return make_forecast(
@@ -74,7 +77,7 @@ def forecast_job(base: Base, recipe: Recipe, tokens: int, threads: int, workspac
         trimmed=recipe.trim_vocabulary,
         gram=METHODS.get(recipe.method).needs_gram,
         streams=2 if follows_parent(recipe) else 1,
-        recovering=recipe.sequence_length if recipe.recover else 0,
+        recovering=0 if recovery is None else recovery.sequence_length,
     )
 
 
@@ -148,6 +151,8 @@ class Job:
         if self.recovery is None:
             prune_blocks(self._block_run(folder, encoding_of(self.recipe), timings), progress, timings)
             return
+        if self._learnt_is_written():
+            return
         pupil = self._pupil(folder / PRUNED, progress, timings)
         with _seconds(timings, "recover"):
             token_ids = torch.from_numpy(self.recovery.token_ids)
@@ -156,15 +161,26 @@ class Job:
             self._write_learnt(block, pupil)
 
     def _pupil(self, folder: Path, progress: Progress, timings: dict[str, float]) -> Pupil:
-        """Prune into a folder, unless recovery has been begun already, and return what is to learn."""
+        """Prune into a folder, unless that is done already, and return what is to learn."""
         folder.mkdir(exist_ok=True)
         shards = [self._shard(folder, block) for block in self.base.blocks]
         stored, encoding = Stored(StoredWeights(FLOATS, self.base.shapes())), encoding_of(self.recipe)
-        if (self.workspace.folder / RECOVERY).exists():
+        whole = self.workspace.folder / PRUNED_WHOLE
+        if whole.exists():
             with suppress(CheckpointError):  # a shard that the disk has damaged is made again
                 return open_pupil(self.base, shards, stored, encoding, self.device)
         prune_blocks(self._block_run(folder, FLOATS, timings), progress, timings)
+        whole.touch()
         return open_pupil(self.base, shards, stored, encoding, self.device)
+
+    def _learnt_is_written(self) -> bool:
+        """Return whether an interrupted run has finished all blocks."""
+        try:
+            for block in self.base.blocks:
+                read_shard(self._shard(self.workspace.folder, block), self._stored())
+        except CheckpointError:
+            return False
+        return True
 
     def _write_learnt(self, block: Block, pupil: Pupil) -> None:
         """Write what a pupil has learnt, in the base's precision or as integers."""

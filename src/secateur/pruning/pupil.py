@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.checkpoint.format import Encoding, Stored
-from secateur.checkpoint.quantise import quantise
+from secateur.checkpoint.format import DENSE_ENCODING, Encoding, Stored
+from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.checkpoint.shards import open_shard
+from secateur.models.structure import embedding_weights
 from secateur.models.weights import load_skeleton, set_parameters
 from secateur.pruning.base import Base
 from secateur.pruning.recovery import Grid, Pupil
@@ -18,7 +19,8 @@ from secateur.pruning.recovery import Grid, Pupil
 def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, encoding: Encoding, device: torch.device) -> Pupil:
     """Load a base model, and beside it the same with the blocks of pruned shards; `encoding` is what it is to become.
 
-    Both run in the precision of the base's blocks; float16, whose gradients would vanish, as bfloat16.
+    Both run in the precision of the base's blocks; float16, whose gradients would vanish, as bfloat16. Where values are
+    to be integers, embedding and head of the pruned model are rounded as they will be.
     """
     dtype = torch.bfloat16 if base.dtype() == torch.float16 else base.dtype()
     with base.reader as reader:
@@ -38,6 +40,8 @@ def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, encoding: Enc
                     found = quantise(weight, mask, None, bits=encoding.bits, group_size=encoding.group_size)
                     grids[name] = Grid(found.scales.to(device), encoding)
     outside = {name: tensors[name] for name in base.outer_names()}
+    if encoding.bits:  # embedding and head will be integers too
+        outside |= {name: _rounded(outside[name]) for name in embedding_weights(base.model) if name in outside}
     model = _model(base, outside | {name: one.to(dtype, copy=True) for name, one in blocks.items()})
     weights = {name: nn.Parameter(one.float()) for name, one in blocks.items()}
     return Pupil(model, _model(base, tensors), weights, masks, grids)
@@ -46,5 +50,13 @@ def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, encoding: Enc
 def _model(base: Base, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
     model = load_skeleton(base.folder)
     set_parameters(model, dict(tensors))
-    model.tie_weights()
+    for name, source in dict(model.all_tied_weights_keys).items():
+        if name not in tensors:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
     return model
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    options = {"bits": DENSE_ENCODING.bits, "group_size": DENSE_ENCODING.group_size}
+    return dequantise(quantise(weight, None, None, **options), **options, dtype=weight.dtype).to(weight.device)

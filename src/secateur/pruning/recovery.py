@@ -2,8 +2,8 @@
 
 Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) without labels: at every position of a text the
 Kullback-Leibler divergence from the parent's next-token probabilities to the sub-model's is lowered. What the mask
-keeps and the norms inside the blocks learn; embedding, head and what lies outside the blocks stay the parent's. Weights
-that will be stored as integers are rounded at every step, so that all others learn to make up for it.
+keeps, norms and biases inside the blocks learn; embedding, head and what lies outside the blocks stay the parent's.
+Weights that will be stored as integers are rounded at every step, so that all others learn to make up for it.
 """
 
 import math
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from secateur.checkpoint.format import Encoding
 from secateur.checkpoint.quantise import OFFSETS, RANGES, Quantised
 from secateur.errors import ModelError
+from secateur.models.finite import all_finite
 from secateur.models.safetensors_writer import write_safetensors
 
 STEP_TOKENS = 2048  # tokens behind one step of the optimiser
@@ -29,8 +30,9 @@ _BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
 # Logits of sequences that run together; the parent's are there too, and as many gradients.
 _LOGITS_BYTES = 256 * 2**20
 _ROWS = 256  # positions whose probabilities are in float32 at a time
-_SAVE_SECONDS = 300.0
+_SAVE_SECONDS, _SAVE_SHARE = 300.0, 0.05  # at least so long from one save to the next, and at most so much of the time
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_PARTS = ("weights", *_MOMENTS)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def recover(pupil: Pupil, token_ids: Tensor, state: Path, progress: Callable[[in
         int64 [sequences, length].
     state
         File in which the state is saved now and then, and at the end. A run that finds one goes on from there, to
-        the same weights as a run that nothing interrupted.
+        the same weights (on CPUs) as a run that nothing interrupted.
     progress
         Called with the steps that are done, and their number.
 
@@ -125,14 +127,15 @@ def recover(pupil: Pupil, token_ids: Tensor, state: Path, progress: Callable[[in
     course = _Course(pupil, token_ids)
     done = course.restore(state)
     pupil.round()
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), _SAVE_SECONDS
     for step in range(done, course.steps):
         progress(step, course.steps)
         if not math.isfinite(course.take(step)):
             raise ModelError(f"recovery failed at step {step}: its gradients are no numbers; leave --recover out")
-        if time.monotonic() - saved > _SAVE_SECONDS or step + 1 == course.steps:
+        if (began := time.monotonic()) - saved >= pause or step + 1 == course.steps:
             course.save(state, step + 1)
             saved = time.monotonic()
+            pause = max(_SAVE_SECONDS, (saved - began) / _SAVE_SHARE)
     progress(course.steps, course.steps)
 
 
@@ -169,9 +172,8 @@ class _Course:
         """Move the gradients of the rounded weights to those in full precision, where the mask keeps them."""
         for name, weight in self._pupil.weights.items():
             parameter = self._trained[name]
-            if parameter.grad is None:
-                continue
-            gradient = parameter.grad.float()
+            # What a model has and does not use has no gradient; it stays as it is.
+            gradient = torch.zeros_like(weight) if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
             if (mask := self._pupil.masks.get(name)) is not None:
                 gradient *= mask
@@ -182,23 +184,30 @@ class _Course:
         tensors = {f"{name}.weights": weight.data for name, weight in self._pupil.weights.items()}
         for name, weight in self._pupil.weights.items():
             tensors |= {f"{name}.{kind}": self._optimiser.state[weight][kind] for kind in _MOMENTS}
-        write_safetensors(path, {name: one.cpu() for name, one in tensors.items()}, {"step": str(step)})
+        write_safetensors(
+            path, {name: one.cpu() for name, one in tensors.items()}, {"step": str(step), "steps": str(self.steps)}
+        )
 
     def restore(self, path: Path) -> int:
-        """Take up a saved state, and return the number of steps behind it; 0 when there is none."""
+        """Take up a saved state, and return the number of steps behind it; 0 when there is none that is whole."""
         try:
             with safe_open(path, framework="pt") as file:
-                step = int(file.metadata()["step"])
-                stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except (FileNotFoundError, SafetensorError):  # what the disk has damaged is made again
+                said = file.metadata() or {}
+                step = int(said["step"])
+                # Copies: the file is replaced while they are in use.
+                stored = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError, KeyError, ValueError):
             return 0
+        wanted = {f"{name}.{kind}": one for name, one in self._pupil.weights.items() for kind in _PARTS}
+        if said.get("steps") != str(self.steps) or not 0 < step <= self.steps or stored.keys() != wanted.keys():
+            return 0
+        for key, one in stored.items():
+            if one.shape != wanted[key].shape or one.dtype != torch.float32 or not all_finite(one):
+                return 0
         for name, weight in self._pupil.weights.items():
             weight.data.copy_(stored[f"{name}.weights"])
-            moments = {
-                kind: stored[f"{name}.{kind}"].to(weight.device) for kind in _MOMENTS if f"{name}.{kind}" in stored
-            }
-            if moments:
-                self._optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
+            state = {kind: stored[f"{name}.{kind}"].to(weight.device) for kind in _MOMENTS}
+            self._optimiser.state[weight] = {"step": torch.tensor(float(step), device=weight.device), **state}
         return step
 
 

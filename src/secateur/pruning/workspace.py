@@ -1,7 +1,7 @@
 """The folder `OUT.partial/` in which a derivation works until it is renamed to OUT.
 
-An error in a first run removes it. A kill, an interrupt, a full disk, or an error in a resumed run leaves it, and
-`--resume` goes on from its finished shards.
+An error in a first run removes it. A kill, an interrupt, a full disk, an error in a resumed run, or one in recovery
+leaves it, and `--resume` goes on from its finished shards.
 """
 
 import errno
@@ -22,6 +22,7 @@ from secateur.checkpoint.format import (
     MANIFEST,
     PARENT_ACTIVATIONS,
     PRUNED,
+    PRUNED_WHOLE,
     RECOVERY,
     STATE,
     dump_json,
@@ -133,7 +134,7 @@ def open_workspace(output: Path, *, resume: bool) -> Iterator[Workspace]:
                 f"the disk is full; finished blocks are in {str(folder)!r}: make room and run again with --resume"
             ) from None
         # What an earlier run has finished outlives any error, and so does a result that only could not be moved.
-        if not resumed and not (folder / MANIFEST).is_file():
+        if not resumed and not (folder / MANIFEST).is_file() and not (folder / PRUNED_WHOLE).is_file():
             shutil.rmtree(folder, ignore_errors=True)
             remove_empty(created)
         raise
