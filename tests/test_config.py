@@ -107,7 +107,9 @@ def test_sparsities_that_can_be_used(value):
 
 
 def test_an_unknown_key_lists_the_known_ones(recipe_file):
-    with pytest.raises(ConfigError, match=r"unknown option 'sparcity' in recipe .*known are model, for, sparsity"):
+    with pytest.raises(
+        ConfigError, match=r"unknown option 'sparcity' in recipe .*known are preset, model, for, sparsity"
+    ):
         make_recipe({}, recipe_file("for: python\nsparcity: 0.5\n"))
 
 
