@@ -419,3 +419,22 @@ def test_less_than_a_sequence_is_refused(base, tmp_path, tokens):
             make_recipe({"model": str(base), "for": "python", "sequence_length": 48, "recover": tokens}),
             output=tmp_path / "out",
         )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "magnitude"}, {"propagate": False}, {"sparsity": 0.0}, {"method": "admm", "propagate": False}],
+    ids=["without data", "dense inputs", "nothing removed", "admm on dense inputs"],
+)
+def test_whatever_was_pruned_learns(base, tmp_path, monkeypatch, options):
+    save_always(monkeypatch)
+    derive_tiny(base, tmp_path / "whole", recovery=TEXT, **options)
+    interrupted(base, tmp_path / "out", ("recover", 4), **options)
+    derive_tiny(base, tmp_path / "out", recovery=TEXT, resume=True, threads=2, **options)  # goes on with one thread
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    derive_tiny(base, tmp_path / "pruned", **options)
+    one, other = masks_and_weights(tmp_path / "whole"), masks_and_weights(tmp_path / "pruned")
+    for name in one:
+        assert torch.equal(one[name][0], other[name][0])
+        if options.get("sparsity") != 0:  # a model that is its parent has nothing to learn
+            assert not torch.equal(one[name][1], other[name][1])

@@ -16,7 +16,7 @@ from secateur.errors import ConfigError, ModelError, OutputError
 from secateur.models.source import load_tokenizer
 from secateur.pruning.derive import derive
 from tests.calibration.texts import write_folder
-from tests.pruning.tiny_derivation import contents, derive_tiny, interrupt
+from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt
 from tests.tiny import EOS, VOCABULARY, save_tiny
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -41,6 +41,16 @@ def trim(base, text, output, **options):
 
 def tensors(folder):
     return {name: one for path in sorted(folder.glob("*.safetensors")) for name, one in load_file(path).items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trimmed_sub_model_learns_as_one_that_is_not(bases, text, tmp_path, family):
+    """From all the tokens that its parent knows."""
+    learning = {"values": "int8", "recovery": calibration(samples=6, seed=7)}
+    for trimmed in (True, False):
+        trim(bases[family], text, tmp_path / str(trimmed), trim_vocabulary=trimmed, **learning)
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("True", "False"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 @pytest.mark.parametrize("values", ["base", "int8", "int4"])
