@@ -1,7 +1,9 @@
+import pytest
+
 from secateur.evaluation.perplexity import DocumentLoss, PerplexityComparison, PerplexityResult
 from secateur.evaluation.results import Cell, Evaluation, ModelRecord
 from secateur.evaluation.statistics import Difference
-from secateur.evaluation.tables import format_perplexity, render
+from secateur.evaluation.tables import _ratio, format_perplexity, render
 
 
 def result(perplexity, error):
@@ -44,3 +46,10 @@ def test_table():
         "cannot be compared",
         "-: no text for perplexity:java: nothing at hand",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.0, "1.00"), (0.9968, "0.997"), (1.8921, "1.89"), (12.3, "12.3"), (123.4, "123")]
+)
+def test_ratios_have_three_digits(value, text):
+    assert _ratio(value) == text

@@ -1,6 +1,7 @@
 """An evaluation as a table of plain text."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from secateur.evaluation.perplexity import PerplexityComparison, PerplexityResult
@@ -42,15 +43,19 @@ def format_perplexity(result: PerplexityResult) -> str:
 
 def format_comparison(comparison: PerplexityComparison) -> str:
     """Return `x1.81 [1.74, 1.88]`, or the difference in bits per byte where perplexities are not comparable."""
-    if comparison.comparable:
-        interval = (comparison.ratio_low, comparison.ratio_high)
-        return f"x{comparison.ratio:.3g}" + _interval(*interval, ".3g")
+    if comparison.ratio is not None:
+        return f"x{_ratio(comparison.ratio)}" + _interval(comparison.ratio_low, comparison.ratio_high, _ratio)
     difference = comparison.bits_per_byte
-    return f"{difference.value:+.3f} bits/byte" + _interval(difference.low, difference.high, "+.3f")
+    return f"{difference.value:+.3f} bits/byte" + _interval(difference.low, difference.high, "{:+.3f}".format)
 
 
-def _interval(low: float | None, high: float | None, style: str) -> str:
-    return "" if low is None or high is None else f" [{low:{style}}, {high:{style}}]"
+def _interval(low: float | None, high: float | None, form: Callable[[float], str]) -> str:
+    return "" if low is None or high is None else f" [{form(low)}, {form(high)}]"
+
+
+def _ratio(value: float) -> str:
+    """Three digits, zeros at the end too."""
+    return f"{value:#.3g}".removesuffix(".")
 
 
 def _notes(evaluation: "Evaluation") -> list[str]:
