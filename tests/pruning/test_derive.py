@@ -100,10 +100,11 @@ def forecast_of(base, tmp_path, encoding=FLOATS):
     from secateur.models.source import ModelFolder
     from secateur.models.structure import find_blocks
     from secateur.models.weights import load_skeleton
+    from secateur.pruning.demand import Demand
     from secateur.pruning.forecast import make_forecast
 
     model = load_skeleton(ModelFolder(base, "tiny"))
-    found = make_forecast(
+    demand = Demand(
         model,
         find_blocks(model),
         tokens=5 * 48,
@@ -111,9 +112,9 @@ def forecast_of(base, tmp_path, encoding=FLOATS):
         batch_tokens=2048 // 48 * 48,
         sparsity=0.5,
         threads=1,
-        output=tmp_path / "out.partial",
         encoding=encoding,
     )
+    found = make_forecast(demand, tmp_path / "out.partial")
     return found.working_memory, found.activations, found.disk
 
 
@@ -172,7 +173,7 @@ def test_what_does_not_fit_onto_the_disk_is_refused(base, tmp_path, monkeypatch)
 @pytest.mark.parametrize("encoding", [FLOATS, Encoding("int8", 128), Encoding("int4", 32)])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # the latter's head is tied
 def test_the_forecast_of_the_disk_is_no_less_and_not_much_more(tmp_path, monkeypatch, family, encoding):
-    monkeypatch.setattr("secateur.pruning.forecast.SMALL_FILES", 0)
+    monkeypatch.setattr("secateur.pruning.demand.SMALL_FILES", 0)
     sizes = {"hidden_size": 256, "intermediate_size": 1024}  # so that tensors outweigh offsets and headers
     base, out = save_tiny(tmp_path / "base", family, **sizes), tmp_path / "out"
     _, _, disk = forecast_of(base, tmp_path, encoding)

@@ -361,7 +361,7 @@ def test_the_manifest_says_from_what_it_learnt(base, tmp_path):
 def test_text_of_another_tokenizer_is_refused(base, tmp_path):
     wrong = calibration(samples=2)
     wrong.token_ids[1, 3] = 100_000
-    with pytest.raises(ModelError, match="holds token 100000"):
+    with pytest.raises(ModelError, match="the text for recovery holds token 100000"):
         derive_tiny(base, tmp_path / "sub", recovery=wrong)
 
 

@@ -101,6 +101,11 @@ def quantise(
     return Quantised(codes, scales)
 
 
+def spread_scales(scales: Tensor, group_size: int, in_features: int) -> Tensor:
+    """Return the scale of each entry, float32 [rows, in_features], of scales [rows, groups]."""
+    return scales.float().repeat_interleave(group_size, 1)[:, :in_features]
+
+
 def dequantise(quantised: Quantised, *, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return (code - offset) * scale [out_features, in_features].
 
@@ -111,7 +116,7 @@ def dequantise(quantised: Quantised, *, bits: int, group_size: int, dtype: torch
     rows = max(1, 16 * _CHUNK // max(1, codes.shape[1]))
     for start in range(0, len(codes), rows):
         part = codes[start : start + rows].float().sub_(OFFSETS[bits])
-        part *= scales[start : start + rows].float().repeat_interleave(group_size, 1)[:, : codes.shape[1]]
+        part *= spread_scales(scales[start : start + rows], group_size, codes.shape[1])
         weight[start : start + rows] = part.add_(0.0)  # which turns -0 into +0
     return weight
 

@@ -15,7 +15,7 @@ from secateur.calibration.packing import CalibrationSet, build_calibration_set
 from secateur.calibration.shortlist import TokenChoice, choose_tokens
 from secateur.checkpoint.format import MANIFEST, read_json
 from secateur.config import DEFAULT_CORRECTION, Recipe, make_recipe
-from secateur.errors import ConfigError, ModelError
+from secateur.errors import ConfigError, CorpusError, ModelError
 from secateur.files import check_writable, sha256_file
 from secateur.models.device import checked_device, limited_threads
 from secateur.models.source import ModelFolder, load_tokenizer, resolve_model
@@ -150,7 +150,7 @@ def derive(
         }
     )
     execution = Execution(output, device, threads, resume, progress, announce, None if data is None else Path(data))
-    return _derive(Base.open(folder), recipe, calibration, recovery, execution)
+    return _derive(Base.open(folder), recipe, Texts(calibration, recovery), execution)
 
 
 def derive_recipe(
@@ -190,12 +190,15 @@ def derive_recipe(
         length, seed = recipe.sequence_length, recipe.seed
         return build_calibration_set(mixture, tokenizer, samples=samples, sequence_length=length, seed=seed, data=data)
 
-    calibration = draw(recipe.samples)
-    recovery = draw(recipe.recover // recipe.sequence_length) if recipe.recover else None
-    if recovery is not None:
+    calibration, recovery = draw(recipe.samples), None
+    if recipe.recover:
+        try:
+            recovery = draw(recipe.recover // recipe.sequence_length)
+        except CorpusError as error:
+            raise CorpusError(f"{error} (--recover counts as samples here: give it less)") from None
         recipe = recipe.model_copy(update={"recover": recovery.token_ids.size})
     execution = Execution(output, device, threads, resume, progress, announce, data)
-    return _derive(base, recipe, calibration, recovery, execution)
+    return _derive(base, recipe, Texts(calibration, recovery), execution)
 
 
 @dataclass(frozen=True)
@@ -211,38 +214,54 @@ class Execution:
     data: Path | None
 
 
-def _derive(
-    base: Base,
-    recipe: Recipe,
-    calibration: CalibrationSet,
-    recovery: CalibrationSet | None,
-    execution: Execution,
-) -> SubModel:
+@dataclass(frozen=True)
+class Texts:
+    """What a sub-model is derived from.
+
+    Attributes
+    ----------
+    calibration
+        The text that decides what is pruned.
+    recovery
+        The text that the pruned model learns from; None when it does not.
+    """
+
+    calibration: CalibrationSet
+    recovery: CalibrationSet | None
+
+    def described(self) -> dict[str, Any]:
+        """Return where they come from, as a manifest holds it."""
+        texts = {"calibration": self.calibration, "recovery": self.recovery}
+        return {name: _described(text) for name, text in texts.items() if text is not None}
+
+
+def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> SubModel:
     METHODS.get(recipe.method)
     BUDGETS.get(recipe.budget)
     target = Path(os.path.normpath(execution.output))
     device = checked_device(execution.device)
-    for text in (calibration, recovery):
-        if text is not None:
-            _check_calibration(base.model, text)
+    _check_tokens(base.model, texts.calibration, "the calibration set")
+    if texts.recovery is not None:
+        _check_tokens(base.model, texts.recovery, "the text for recovery")
     finished = execution.resume and os.path.lexists(target)
     if not finished:
         check_output(target, resume=execution.resume)
-    shortlist = _shortlist(base, calibration, execution) if recipe.trim_vocabulary else None
+    shortlist = _shortlist(base, texts.calibration, execution) if recipe.trim_vocabulary else None
     if finished:
-        check_finished(target, _plan(base, recipe, (calibration, recovery), shortlist, execution))
+        check_finished(target, _plan(base, recipe, texts, shortlist, execution))
         return SubModel(target, read_json(target / MANIFEST), {})
     threads = execution.threads or torch.get_num_threads()
-    forecast = forecast_job(base, recipe, calibration.token_ids.size, recovery, threads, partial_folder(target))
+    forecast = forecast_job(
+        base, recipe, texts.calibration.token_ids.size, texts.recovery, threads, partial_folder(target)
+    )
     if execution.announce is not None:
         execution.announce(forecast.describe())
-    plan = _plan(base, recipe, (calibration, recovery), shortlist, execution)
+    plan = _plan(base, recipe, texts, shortlist, execution)
     with open_workspace(target, resume=execution.resume) as workspace:
         plan = workspace.start(plan)
         with limited_threads(plan["run_threads"]):
-            log = Job(base, recipe, calibration, shortlist, recovery, forecast, device, workspace, plan).run(
-                execution.progress
-            )
+            job = Job(base, recipe, texts.calibration, shortlist, texts.recovery, forecast, device, workspace, plan)
+            log = job.run(execution.progress)
     return SubModel(target, read_json(target / MANIFEST), log)
 
 
@@ -269,7 +288,7 @@ def _shortlist(base: Base, calibration: CalibrationSet, execution: Execution) ->
 def _plan(
     base: Base,
     recipe: Recipe,
-    texts: tuple[CalibrationSet, CalibrationSet | None],
+    texts: Texts,
     shortlist: TokenChoice | None,
     execution: Execution,
 ) -> dict[str, Any]:
@@ -289,15 +308,13 @@ def _plan(
             "parameters": sum(parameter.numel() for parameter in base.model.parameters()),
             "files": hashes,
         },
-        "calibration": _described(texts[0]),
+        **texts.described(),
         "versions": {name: version(name) for name in ("secateur", "torch", "transformers")},
         "device": torch.device(execution.device).type,
         "run_threads": execution.threads or torch.get_num_threads(),
     }
     if shortlist is not None:
         plan["shortlist"] = shortlist.to_dict()
-    if texts[1] is not None:
-        plan["recovery"] = _described(texts[1])
     return plan
 
 
@@ -319,12 +336,12 @@ def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
         )
 
 
-def _check_calibration(model: PreTrainedModel, calibration: CalibrationSet) -> None:
-    _check_length(model, calibration.sequence_length)
+def _check_tokens(model: PreTrainedModel, text: CalibrationSet, what: str) -> None:
+    _check_length(model, text.sequence_length)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    lowest, highest = int(calibration.token_ids.min()), int(calibration.token_ids.max())
+    lowest, highest = int(text.token_ids.min()), int(text.token_ids.max())
     if lowest < 0 or highest >= vocabulary:
         raise ModelError(
-            f"the calibration set holds token {lowest if lowest < 0 else highest}, the model's vocabulary has "
+            f"{what} holds token {lowest if lowest < 0 else highest}, the model's vocabulary has "
             f"{vocabulary}: it was made with another tokenizer"
         )

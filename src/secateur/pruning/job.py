@@ -47,7 +47,8 @@ from secateur.models.weights import drop_parameters, set_parameters
 from secateur.pruning.activations import Activations
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS
-from secateur.pruning.forecast import TOKENS_PER_BATCH, Forecast, make_forecast
+from secateur.pruning.demand import Demand
+from secateur.pruning.forecast import Forecast, make_forecast
 from secateur.pruning.loop import BlockRun, Progress, prune_blocks
 from secateur.pruning.method import Pruned
 from secateur.pruning.methods import METHODS
@@ -56,6 +57,7 @@ from secateur.pruning.recovery import Pupil, recover
 from secateur.pruning.weight import is_unmasked, pack_weight
 from secateur.pruning.workspace import Workspace
 
+TOKENS_PER_BATCH = 2048  # in one forward pass over the calibration set
 VALUE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -64,7 +66,7 @@ def forecast_job(  # noqa: PLR0917
 ) -> Forecast:
     """Forecast a derivation from headers alone; raises `ResourceError` when it cannot fit."""
     needs_data = METHODS.get(recipe.method).needs != "nothing"
-    return make_forecast(
+    demand = Demand(
         base.model,
         base.blocks,
         tokens=tokens if needs_data else 0,
@@ -72,13 +74,13 @@ def forecast_job(  # noqa: PLR0917
         batch_tokens=_batch_size(recipe) * recipe.sequence_length,
         sparsity=recipe.sparsity,
         threads=threads,
-        output=workspace,
         encoding=encoding_of(recipe),
         trimmed=recipe.trim_vocabulary,
         gram=METHODS.get(recipe.method).needs_gram,
         streams=2 if follows_parent(recipe) else 1,
         recovering=0 if recovery is None else recovery.sequence_length,
     )
+    return make_forecast(demand, workspace)
 
 
 def follows_parent(recipe: Recipe) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.checkpoint.format import Encoding
-from secateur.checkpoint.quantise import OFFSETS, RANGES, Quantised
+from secateur.checkpoint.quantise import OFFSETS, RANGES, Quantised, spread_scales
 from secateur.errors import ModelError
 from secateur.models.finite import all_finite
 from secateur.models.safetensors_writer import write_safetensors
@@ -66,7 +66,7 @@ class Grid:
         return Quantised(codes.to("cpu", torch.uint8), self.scales.cpu())
 
     def _spread(self, weight: Tensor) -> Tensor:
-        return self.scales.float().repeat_interleave(self.encoding.group_size, 1)[:, : weight.shape[1]]
+        return spread_scales(self.scales, self.encoding.group_size, weight.shape[1])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ error of the layer; GPTQ, Frantar et al. 2023, does one pass of the same kind wi
 import torch
 from torch import Tensor
 
-from secateur.checkpoint.quantise import OFFSETS, RANGES, Quantised
+from secateur.checkpoint.quantise import OFFSETS, RANGES, Quantised, spread_scales
 from secateur.pruning.layer_problem import LayerProblem
 
 SWEEPS = 4
@@ -37,7 +37,7 @@ def settle(
     gram, device = problem.gram, problem.gram.device
     width = gram.shape[0]
     codes = quantised.codes.to(device).float() - OFFSETS[bits]
-    steps = quantised.scales.to(device).float().repeat_interleave(group_size, 1)[:, :width] * problem.norms
+    steps = spread_scales(quantised.scales.to(device), group_size, width) * problem.norms
     free = mask.to(device) & (steps != 0)
     inverse = torch.where(free, 1 / torch.where(free, steps, 1.0), 0.0) / gram.diagonal()
     residual = problem.aim - (codes * steps) @ gram

@@ -17,7 +17,7 @@ from secateur.checkpoint.bitmask import VALUE_TYPES, PackedWeight, check
 from secateur.checkpoint.dense import DenseWeight, stored_width, unpack_dense
 from secateur.checkpoint.format import Encoding
 from secateur.checkpoint.integers import damaged
-from secateur.checkpoint.quantise import OFFSETS
+from secateur.checkpoint.quantise import OFFSETS, spread_scales
 from secateur.runtime import kernels
 
 # Entries that are unpacked at a time, in some 200 MB: a head may have hundreds of millions.
@@ -202,8 +202,8 @@ class PackedMatrix(nn.Module):
     def _dequantise(self, codes: Tensor, scales: Tensor) -> Tensor:
         """Return float32 [n, in_features] of rows of codes and the bits of their scales; products are exact."""
         weight = codes.float().sub_(OFFSETS[self.encoding.bits])
-        wide = scales.view(torch.bfloat16).float().repeat_interleave(self.encoding.group_size, 1)
-        return weight.mul_(wide[:, : self.shape[1]]).add_(0.0)  # which turns -0 into +0
+        wide = spread_scales(scales.view(torch.bfloat16), self.encoding.group_size, self.shape[1])
+        return weight.mul_(wide).add_(0.0)  # which turns -0 into +0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedMatrix":
         self._native = None  # it points to where the buffers lie now

@@ -1,0 +1,157 @@
+"""What a derivation takes of memory and disk, in bytes, computed from the config before any weight is read.
+
+Upper estimates of what comes on top of the imports; what the machine has is not looked at here.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from secateur.checkpoint.format import DENSE_ENCODING, FLOATS, Encoding
+from secateur.models.structure import Block, embedding_weights
+from secateur.pruning.recovery import sequences_together
+
+# Activations inside one block, in multiples of one batch of [tokens, intermediate_size] and [tokens, hidden_size].
+INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
+# Of a layer's problem, in multiples of its Gram matrix and of its weight in float32; the factors are in float64.
+GRAM_COPIES, WEIGHT_COPIES, FLOAT_BYTES = 10, 8, 4
+# Of recovery: weights and two moments in float32; what a block keeps for its gradients; logits, parent's and gradients.
+STATE_BYTES, KEPT_INTERMEDIATE, KEPT_HIDDEN, LOGITS_COPIES = 12, 6, 16, 4
+# Tokenizer, offsets of rows, index and manifest.
+SMALL_FILES = 32_000_000
+SCALE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A derivation, as far as it decides what is needed.
+
+    Attributes
+    ----------
+    model
+        The skeleton (parameters on the meta device).
+    blocks
+        Its decoder blocks.
+    tokens
+        Tokens in the calibration set, 0 when the method needs no statistics.
+    itemsize
+        Bytes of one value in the model's precision.
+    batch_tokens
+        Tokens in one forward pass.
+    sparsity
+        Fraction of the prunable weights that is removed.
+    threads
+        Number of CPU threads, and so of weights that are pruned side by side.
+    encoding
+        How kept weights are stored.
+    trimmed
+        Whether the rows of the head are reordered.
+    gram
+        Whether the method needs the Gram matrices of the inputs.
+    streams
+        2 when the calibration set runs through the dense model too.
+    recovering
+        Length of the sequences that the pruned model learns from; 0 when it does not.
+    """
+
+    model: PreTrainedModel
+    blocks: tuple[Block, ...]
+    tokens: int
+    itemsize: int
+    batch_tokens: int
+    sparsity: float
+    threads: int
+    encoding: Encoding = FLOATS
+    trimmed: bool = False
+    gram: bool = False
+    streams: int = 1
+    recovering: int = 0
+
+    def activations(self) -> int:
+        """Return the bytes of the inputs of one block for the whole calibration set."""
+        return self.streams * self.tokens * self._widths()[0] * self.itemsize
+
+    def pruning(self) -> int:
+        """Return what is in memory at once beside them: one block, what it is pruned with, and one batch."""
+        hidden, intermediate = self._widths()
+        largest = max(self._entries(block) for block in self.blocks)
+        side_by_side = sum(sorted(self._prunable(), reverse=True)[: self.threads])
+        batch = min(self.batch_tokens, self.tokens) * self.itemsize
+        # Dense weights and packed ones of a block; scores, their partition and positions of the weights pruned at once.
+        working = 2 * largest * self.itemsize + 16 * side_by_side
+        working += batch * (INTERMEDIATE_COPIES * intermediate + HIDDEN_COPIES * hidden)
+        if self.gram:
+            working += max(self._gram(block) for block in self.blocks)
+        return max(working, self._reordering())
+
+    def recovery(self) -> int:
+        """Return what the model, its parent, the optimiser and one step of recovery take; 0 without it."""
+        if not self.recovering:
+            return 0
+        config, learning = self.model.config.get_text_config(decoder=True), self._learning()
+        hidden, intermediate = self._widths()
+        # The parent, what is not shared with it, gradients, and a byte for each entry of a mask.
+        models = self.itemsize * (self._all() + 2 * learning + self._outer_matrices()) + learning
+        tokens = self.recovering * sequences_together(self.recovering, config.vocab_size, self.itemsize)
+        for_gradients = tokens * self.itemsize * (KEPT_INTERMEDIATE * intermediate + KEPT_HIDDEN * hidden)
+        if self.model.config._attn_implementation == "eager":  # which keeps what belongs to all pairs of positions
+            for_gradients += tokens * self.recovering * config.num_attention_heads * (self.itemsize + FLOAT_BYTES)
+        logits = LOGITS_COPIES * tokens * config.vocab_size * self.itemsize
+        return int(models + (STATE_BYTES + FLOAT_BYTES) * learning + len(self.blocks) * for_gradients + logits)
+
+    def disk(self) -> int:
+        """Return an upper bound of the folder that is worked in, without mapped activations."""
+        prunable = sum(self._prunable())
+        rounded = self._outer_matrices() if self.encoding.bits else 0
+        entries = SMALL_FILES + int(
+            prunable * (1 / 8 + _bytes_per_entry(self.encoding, self.itemsize, 1 - self.sparsity))
+            + (self._all() - prunable - rounded) * self.itemsize
+            + rounded * _bytes_per_entry(DENSE_ENCODING, self.itemsize)
+        )
+        if self.recovering:  # pruned shards, and the state beside the one that takes its place
+            entries += int(prunable * (1 / 8 + (1 - self.sparsity) * self.itemsize))
+            entries += 2 * STATE_BYTES * self._learning()
+        return entries
+
+    def _widths(self) -> tuple[int, int]:
+        config = self.model.config.get_text_config(decoder=True)
+        return config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+
+    def _all(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def _entries(self, block: Block) -> int:
+        return sum(parameter.numel() for parameter in self.model.get_submodule(block.name).parameters())
+
+    def _learning(self) -> int:
+        """Return the number of weights that recovery changes: all inside the blocks."""
+        return sum(map(self._entries, self.blocks))
+
+    def _prunable(self) -> list[int]:
+        names = (block.weight_name(linear) for block in self.blocks for linear in block.prunable)
+        return [self.model.get_parameter(name).numel() for name in names]
+
+    def _outer_matrices(self) -> int:
+        """Return the entries of embedding and head, a tied one counted once."""
+        matrices = map(self.model.get_parameter, embedding_weights(self.model))
+        return sum({id(one): one.numel() for one in matrices}.values())
+
+    def _gram(self, block: Block) -> int:
+        """Return what the Gram matrices of a block take, as if no weights shared one, and solving the largest."""
+        shapes = [self.model.get_parameter(block.weight_name(linear)).shape for linear in block.prunable]
+        grams = sum(shape[1] ** 2 for shape in shapes)
+        solving = max(GRAM_COPIES * shape[1] ** 2 + WEIGHT_COPIES * shape.numel() for shape in shapes)
+        return int(FLOAT_BYTES * (self.streams * grams + solving))
+
+    def _reordering(self) -> int:
+        """Return what rounding embedding and head takes; reordered rows are a second copy of what is written."""
+        if self.encoding.bits:
+            return int(self._outer_matrices() * _bytes_per_entry(DENSE_ENCODING, self.itemsize) * (1 + self.trimmed))
+        return self._outer_matrices() * self.itemsize if self.trimmed else 0
+
+
+def _bytes_per_entry(encoding: Encoding, itemsize: int, kept: float = 1.0) -> float:
+    """Return the bytes of values and scales for each entry of a weight of which the share `kept` is stored."""
+    if not encoding.bits:
+        return kept * itemsize
+    return kept * encoding.bits / 8 + SCALE_BYTES / encoding.group_size
