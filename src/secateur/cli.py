@@ -84,6 +84,10 @@ def derive(
         float | None,
         typer.Option(help="admm: share of earlier errors that weights make up for.", show_default="0.5"),
     ] = None,
+    first_token_weight: Annotated[
+        float | None,
+        typer.Option(help="admm, sparsegpt: as how many tokens a sequence's first counts.", show_default="100"),
+    ] = None,
     recover: Annotated[
         int | None, typer.Option(help="Tokens to learn from after pruning, beside the parent.", show_default="0")
     ] = None,
@@ -113,6 +117,7 @@ def derive(
         "group_size": group_size,
         "trim_vocabulary": trim_vocabulary,
         "correction": correction,
+        "first_token_weight": first_token_weight,
         "recover": recover,
     }
     settings = make_recipe(options, recipe)

@@ -18,6 +18,8 @@ Values = Literal["base", "int8", "int4"]
 GroupSize = Literal[32, 64, 128]
 # Of the drift of the inputs, for methods that know the parent's: all of it fits the calibration text too closely.
 DEFAULT_CORRECTION = 0.5
+# Later tokens rest much of their attention on the first one, which is one of hundreds in a sequence.
+DEFAULT_FIRST_TOKEN_WEIGHT = 100.0
 # Options by what a user asks for, from the cheapest to the one that keeps most; all others and flags win over them.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda"},
@@ -57,6 +59,8 @@ class Recipe(BaseModel):
     correction
         For `admm`: the share of what has gone wrong before a weight that the weight makes up for; 0 saves the parent's
         passes.
+    first_token_weight
+        As how many tokens the first one of each sequence counts in a Gram matrix, 1 or more; without effect on `wanda`.
     recover
         Tokens of the domains' text that the pruned model learns from, in whole sequences; 0: it does not.
     """
@@ -78,6 +82,7 @@ class Recipe(BaseModel):
     trim_vocabulary: bool = False
     recover: Annotated[int, Field(ge=0)] = 0
     correction: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = DEFAULT_CORRECTION
+    first_token_weight: Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)] = DEFAULT_FIRST_TOKEN_WEIGHT
 
     @field_validator("group_size", mode="after")
     @classmethod

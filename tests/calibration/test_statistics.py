@@ -33,8 +33,8 @@ def batches(dtype=torch.float32, rows=700):
     return [torch.randn(2, rows, 8, generator=generator).to(dtype) for _ in range(3)]
 
 
-def collect(block, inputs, *, linears=LINEARS, stop_early=False, gram=False):
-    with torch.no_grad(), StatisticsCollector(block, linears, stop_early=stop_early, gram=gram) as collector:
+def collect(block, inputs, *, linears=LINEARS, **options):
+    with torch.no_grad(), StatisticsCollector(block, linears, **{"stop_early": False} | options) as collector:
         outputs = [collector.run(lambda x=x: block(x)) for x in inputs]
     return collector.results(), outputs
 
@@ -68,6 +68,22 @@ def test_products_of_features_are_exact_to_float32(dtype):
     assert results["gate"].gram is results["up"].gram
     assert results["down"].gram.shape == (12, 12)
     assert collect(block, inputs)[0]["gate"].gram is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_first_tokens_count_as_many_in_products(dtype):
+    block, inputs = Feedforward().to(dtype), batches(dtype)
+    results, _ = collect(block, inputs, gram=True, first_weight=50.0)
+    plain, _ = collect(block, inputs, gram=True)
+    rows = torch.cat(inputs).double()
+    wanted = rows.flatten(0, 1).T @ rows.flatten(0, 1) + 49 * rows[:, 0].T @ rows[:, 0]
+    torch.testing.assert_close(results["gate"].gram.double(), wanted, rtol=1e-5, atol=1e-2)
+    for name in LINEARS:
+        assert torch.equal(results[name].sum_squares, plain[name].sum_squares)
+        assert results[name].n_tokens == plain[name].n_tokens
+    # Rows that come without their places in the sequence all count once.
+    flat, _ = collect(block, [one.flatten(0, 1) for one in inputs], gram=True, first_weight=50.0)
+    torch.testing.assert_close(flat["gate"].gram, plain["gate"].gram, rtol=1e-5, atol=1e-2)
 
 
 def test_products_with_what_the_parent_receives():

@@ -66,6 +66,7 @@ def test_derive_as_json_with_a_recipe_and_a_flag_that_wins(inputs, work, capsys)
         "trim_vocabulary": False,
         "recover": 0,
         "correction": 0.5,
+        "first_token_weight": 100.0,
     }
     assert result["log"]["seconds"] > 0
     assert json.loads((work / "deep/out/secateur.json").read_text())["recipe"] == result["recipe"]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.calibration.statistics import InputStatistics
 from secateur.config import DEFAULT_CORRECTION
-from secateur.pruning.layer_problem import DAMPING, LayerProblem, refit
+from secateur.pruning.layer_problem import DAMPING, LayerProblem, damping_of, refit
 from secateur.pruning.masks import Target, keep_top
 from secateur.pruning.methods import METHODS
 from secateur.pruning.weight import prune_weight
@@ -35,7 +35,7 @@ def statistics(inputs):
 def damped(inputs):
     """The Gram matrix that methods see: in its own scale, each diagonal entry larger by the damping."""
     gram = (inputs.T @ inputs).double()
-    return gram + DAMPING * torch.diag(gram.diagonal())
+    return gram + damping_of(statistics(inputs)) * torch.diag(gram.diagonal())
 
 
 def error(found, weight, gram):
@@ -77,7 +77,8 @@ def test_a_weight_makes_up_for_a_part_of_the_drift_of_its_inputs(correction):
     mask = keep_top(weight.abs(), Target(0.5))
     ours = problem.restored(refit(problem, problem.dense, mask, 100), weight)
     gram, mixed = damped(inputs), ((1 - correction) * inputs + correction * parents).double()
-    wanted = weight.double() @ (mixed.T @ inputs.double() + DAMPING * torch.diag(found.gram.diagonal()).double())
+    damping = damping_of(found) * torch.diag(found.gram.diagonal()).double()
+    wanted = weight.double() @ (mixed.T @ inputs.double() + damping)
     for row in range(len(weight)):
         kept = mask[row].nonzero().flatten()
         expected = torch.linalg.solve(gram[kept][:, kept], wanted[row, kept])
@@ -232,7 +233,10 @@ def inputs_of(folder, token_ids, names):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 def test_statistics_are_those_of_parent_and_sub_model(tmp_path, monkeypatch, family):
-    """Every weight sees what pruned ones before it put out, in the same block too, beside what the parent has there."""
+    """Every weight sees what pruned ones before it put out, in the same block too, beside what the parent has there.
+
+    The first token of each sequence counts as a hundred there.
+    """
     seen = {}
 
     def noting(method, target, encoding, name, weight, statistics, dtype):
@@ -244,15 +248,53 @@ def test_statistics_are_those_of_parent_and_sub_model(tmp_path, monkeypatch, fam
     derive_tiny(base, tmp_path / "sub", method="admm")
     token_ids = calibration().token_ids
     parents, inputs = (inputs_of(folder, token_ids, seen) for folder in (base, tmp_path / "sub"))
+    times = torch.ones(token_ids.shape, dtype=torch.float64)
+    times[:, 0] = 100
+    times = times.flatten()[:, None]
     for name, statistics in seen.items():
-        scale = float(inputs[name].square().sum())
-        torch.testing.assert_close(statistics.gram.double(), inputs[name].T @ inputs[name], rtol=0, atol=1e-5 * scale)
-        torch.testing.assert_close(statistics.cross.double(), parents[name].T @ inputs[name], rtol=0, atol=1e-5 * scale)
+        counted, scale = inputs[name] * times, float((inputs[name].square() * times).sum())
+        torch.testing.assert_close(statistics.gram.double(), inputs[name].T @ counted, rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(statistics.cross.double(), parents[name].T @ counted, rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(statistics.sum_squares, inputs[name].square().sum(0).float(), rtol=1e-4, atol=1e-4)
     drifts = [float((one.cross - one.gram).norm() / one.gram.norm()) for one in seen.values()]
     assert min(drifts) < 1e-6 < 1e-2 < max(drifts)
     # Without a correction the parent is not run.
     derive_tiny(base, tmp_path / "alone", method="admm", correction=0.0)
     assert all(one.cross is None for one in seen.values())
+
+
+def test_the_damping_grows_with_the_features_for_each_token():
+    weight, inputs = layer(tokens=400)
+    for tokens, expected in ((400, 48 / 400), (60, 48 / 60), (10, 1.0)):
+        found = statistics(inputs[:tokens])
+        assert damping_of(found) == expected
+        assert LayerProblem.of(weight, found).gram.diagonal().tolist() == pytest.approx([1 + expected] * 48)
+    assert damping_of(replace(statistics(inputs), n_tokens=100_000)) == DAMPING
+
+
+@pytest.mark.parametrize("name", GRAM_METHODS)
+def test_first_tokens_are_kept_the_better_the_more_they_count(tmp_path, name):
+    base = save_tiny(tmp_path / "base", dtype=torch.float32)
+    parent = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, output_hidden_states=True)
+    text, errors = torch.from_numpy(calibration(samples=20).token_ids), {}
+    with torch.inference_mode():
+        wanted = parent(text).hidden_states[-2]
+        for weight in (1.0, 1000.0):
+            folder = tmp_path / str(weight)
+            options = {"method": name, "first_token_weight": weight, "calibration": calibration(samples=20)}
+            derive_tiny(base, folder, **options)
+            found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_hidden_states=True)
+            errors[weight] = (found(text).hidden_states[-2] - wanted).norm(dim=-1)
+    assert errors[1000.0][:, 0].mean() < 0.9 * errors[1.0][:, 0].mean()
+    assert errors[1000.0][:, 1:].mean() > errors[1.0][:, 1:].mean()
+
+
+def test_wanda_does_not_count_first_tokens_twice(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    for weight in (1.0, 1000.0):
+        derive_tiny(base, tmp_path / str(weight), first_token_weight=weight)
+    once, often = (masks_and_weights(tmp_path / str(weight)) for weight in (1.0, 1000.0))
+    assert all(torch.equal(one, two) for name in once for one, two in zip(once[name], often[name], strict=True))
 
 
 def test_another_correction_gives_other_weights(tmp_path):

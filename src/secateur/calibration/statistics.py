@@ -4,8 +4,7 @@ Weights that read one tensor (q, k and v; gate and up) share one statistic. Sums
 rows in float32 and added in float64, so that neither the batch size nor the number of tokens costs accuracy.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ModelError
+from secateur.models.device import product_precision
 
 # Rows converted to float32 at a time: the slice stays in the cache, which makes this several times faster than
 # converting a whole activation.
@@ -32,7 +32,8 @@ class InputStatistics:
     n_tokens
         Number of tokens that were summed.
     gram
-        float32 [in_features, in_features], symmetric: the sum of x_i x_j over tokens; None where nobody asked for it.
+        float32 [in_features, in_features], symmetric: the sum of x_i x_j over tokens, in which the first token of each
+        sequence may count as many; None where nobody asked for it.
     cross
         float32 [in_features, in_features]: the sum of z_i x_j, where z is what the same input was in the parent; None
         where that is not known.
@@ -52,7 +53,8 @@ class InputStatistics:
 class _Sum:
     """A running sum for one shared input."""
 
-    def __init__(self, in_features: int, device: torch.device, *, gram: bool) -> None:
+    def __init__(self, in_features: int, device: torch.device, *, gram: bool, first_weight: float) -> None:
+        self.first_weight = first_weight
         self.total = torch.zeros(in_features, dtype=torch.float64)
         self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
         self.cross: Tensor | None = None
@@ -65,33 +67,29 @@ class _Sum:
             squares = part.to(torch.float32, copy=True).square_()
             self.total += squares.sum(0).to("cpu", torch.float64)
         if self.gram is not None:
-            self._add_products(rows, None if parents is None else parents.detach().reshape(rows.shape))
+            parents = None if parents is None else parents.detach().reshape(inputs.shape)
+            self._add_products(rows, None if parents is None else parents.reshape(rows.shape))
+            if self.first_weight != 1 and inputs.dim() > 2:
+                firsts = inputs.detach()[:, 0].reshape(-1, rows.shape[1])
+                self._add_products(
+                    firsts, None if parents is None else parents[:, 0].reshape(firsts.shape), self.first_weight - 1
+                )
         self.n_tokens += rows.shape[0]
 
-    def _add_products(self, rows: Tensor, parents: Tensor | None) -> None:
+    def _add_products(self, rows: Tensor, parents: Tensor | None, times: float = 1.0) -> None:
         assert self.gram is not None  # noqa: S101 - the only caller has looked
         if parents is not None and self.cross is None:
             self.cross = torch.zeros_like(self.gram)
-        with _fast_products(rows.dtype):
+        # Products of bfloat16 numbers that lie in float32 are exact in bfloat16 units too.
+        with product_precision("medium" if rows.dtype == torch.bfloat16 else "highest"):
             for begin in range(0, len(rows), _GRAM_ROWS):
                 slab = rows[begin : begin + _GRAM_ROWS].float()
-                self.gram.addmm_(slab.T, slab)
+                self.gram.addmm_(slab.T, slab, alpha=times)
                 if parents is not None and self.cross is not None:
-                    self.cross.addmm_(parents[begin : begin + _GRAM_ROWS].float().T, slab)
+                    self.cross.addmm_(parents[begin : begin + _GRAM_ROWS].float().T, slab, alpha=times)
 
     def result(self) -> InputStatistics:
         return InputStatistics(self.total.float(), self.n_tokens, self.gram, self.cross)
-
-
-@contextmanager
-def _fast_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let products of bfloat16 numbers that lie in float32 be taken in bfloat16 units: they are exact there too."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class StatisticsCollector:
@@ -100,7 +98,8 @@ class StatisticsCollector:
     Used as a context manager around the forward passes; `results()` afterwards. With `stop_early` the forward pass
     ends by raising `AllCollected` once the last of the weights has received its input, because what the block would
     compute after that changes no statistic. With `gram` the products of all pairs of features are summed too, and, for
-    a pass that `run_parent` has prepared, those with the parent's features. With `first_only` a pass ends where a
+    a pass that `run_parent` has prepared, those with the parent's features; there the first token of each sequence
+    counts as `first_weight` tokens, where inputs are [batch, sequence, features]. With `first_only` a pass ends where a
     weight receives another input than those before it, and there are statistics for these alone.
     """
 
@@ -111,10 +110,12 @@ class StatisticsCollector:
         *,
         stop_early: bool,
         gram: bool = False,
+        first_weight: float = 1.0,
         first_only: bool = False,
     ) -> None:
         self._linears = {name: block.get_submodule(name) for name in linears}
         self._stop_early, self._gram, self._first_only = stop_early and not first_only, gram, first_only
+        self._first_weight = first_weight
         self._sums: dict[str, _Sum] = {}
         self._leader: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
@@ -147,7 +148,9 @@ class StatisticsCollector:
                 leader = name
                 self._last = (name, inputs)
                 if name not in self._sums:
-                    self._sums[name] = _Sum(inputs.shape[-1], inputs.device, gram=self._gram)
+                    self._sums[name] = _Sum(
+                        inputs.shape[-1], inputs.device, gram=self._gram, first_weight=self._first_weight
+                    )
                 self._sums[name].add(inputs, self._parents[name] if self._parents else None)
             if self._leader.setdefault(name, leader) != leader:
                 raise ModelError(f"{name} shared its input with {self._leader[name]} in one batch but not in another")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -35,3 +36,17 @@ def limited_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def product_precision(precision: Literal["highest", "medium"]) -> Iterator[None]:
+    """Take matrix products of float32 numbers as they are, or rounded to bfloat16 where the processor has units for it.
+
+    Sums are float32 in either case.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

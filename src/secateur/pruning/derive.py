@@ -14,7 +14,7 @@ from secateur.calibration.mixture import domain_items, parse_mixture
 from secateur.calibration.packing import CalibrationSet, build_calibration_set
 from secateur.calibration.shortlist import TokenChoice, choose_tokens
 from secateur.checkpoint.format import MANIFEST, read_json
-from secateur.config import DEFAULT_CORRECTION, Recipe, make_recipe
+from secateur.config import DEFAULT_CORRECTION, DEFAULT_FIRST_TOKEN_WEIGHT, Recipe, make_recipe
 from secateur.errors import ConfigError, CorpusError, ModelError
 from secateur.files import check_writable, sha256_file
 from secateur.models.device import checked_device, limited_threads
@@ -86,6 +86,7 @@ def derive(
     trim_vocabulary: bool = False,
     recovery: CalibrationSet | None = None,
     correction: float = DEFAULT_CORRECTION,
+    first_token_weight: float = DEFAULT_FIRST_TOKEN_WEIGHT,
     data: str | Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -103,7 +104,8 @@ def derive(
         Token ids [samples, sequence_length] of the base model's tokenizer, and where they come from.
     output
         The folder to write; it must not exist.
-    sparsity, method, budget, granularity, propagate, values, group_size, trim_vocabulary, correction
+    sparsity, method, budget, granularity, propagate, values, group_size, trim_vocabulary, correction,
+    first_token_weight
         See `secateur.config.Recipe`.
     recovery
         Token ids [sequences, length] that the pruned model learns from beside its parent; None: it does not.
@@ -146,6 +148,7 @@ def derive(
             "group_size": group_size,
             "trim_vocabulary": trim_vocabulary,
             "correction": correction,
+            "first_token_weight": first_token_weight,
             "recover": 0 if recovery is None else recovery.token_ids.size,
         }
     )

@@ -7,6 +7,9 @@ that G has a diagonal of ones, a damping means the same everywhere, and |W_ij| i
 Behind pruned blocks the inputs X are no longer those of the parent, Z. Where both are known the products W X are to be
 near to V ((1 - c) X + c Z), so that W makes up for a part of what has gone wrong before it. Only V G changes then, to
 V ((1 - c) G + c Z X^T).
+
+The fewer tokens there are for each feature, the less a product of two features tells of other text. So the damping is
+the number of features over that of tokens, as of a ridge regression whose error is as large as what it explains.
 """
 
 from dataclasses import dataclass
@@ -18,8 +21,13 @@ from secateur.calibration.statistics import InputStatistics
 from secateur.config import DEFAULT_CORRECTION
 from secateur.errors import ModelError
 
-DAMPING = 0.01  # of the mean of the diagonal (Frantar & Alistarh 2023, section 3.3)
+DAMPING = 0.01  # of the diagonal, at least (Frantar & Alistarh 2023, section 3.3)
 _MAX_DAMPING = 1.0
+
+
+def damping_of(statistics: InputStatistics) -> float:
+    """Return what is added to the diagonal of a Gram matrix that is scaled to a diagonal of ones."""
+    return min(_MAX_DAMPING, max(DAMPING, len(statistics.sum_squares) / statistics.n_tokens))
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class LayerProblem:
     dense
         float32 [out_features, in_features]: the dense weight, columns scaled. Those of inputs that were always 0 are 0.
     gram
-        float32 [in_features, in_features]: the scaled Gram matrix, with its damping; the diagonal is 1 + `DAMPING`.
+        float32 [in_features, in_features]: the scaled Gram matrix, with its damping; the diagonal is 1 + `damping_of`.
     norms
         float32 [in_features]: what columns were multiplied with; 1 for inputs that were always 0.
     aim
@@ -52,7 +60,7 @@ class LayerProblem:
         alive = norms > 0
         norms = torch.where(alive, norms, torch.ones_like(norms))
         scaled = gram / norms / norms[:, None]
-        scaled.diagonal().fill_(1 + DAMPING)
+        scaled.diagonal().fill_(1 + damping_of(statistics))
         dense = weight.float() * norms * alive
         aim = dense @ scaled
         if statistics.cross is not None:

@@ -124,7 +124,14 @@ def _collect(
     propagate, gram = run.recipe.propagate, METHODS.get(run.recipe.method).needs_gram
     dtype = module.get_parameter(f"{linears[0]}.weight").dtype
     dense = {name.removeprefix(f"{block.name}."): one.to(run.device, dtype) for name, one in originals.items()}
-    collector = StatisticsCollector(module, linears, stop_early=propagate, gram=gram, first_only=gram and propagate)
+    collector = StatisticsCollector(
+        module,
+        linears,
+        stop_early=propagate,
+        gram=gram,
+        first_weight=run.recipe.first_token_weight,
+        first_only=gram and propagate,
+    )
     with collector:
         for batch, hidden, parent in run.activations.batches():
             call = run.activations.inputs.get(block.index, batch)

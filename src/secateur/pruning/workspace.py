@@ -32,7 +32,14 @@ from secateur.errors import CheckpointError, ConfigError, OutputError
 from secateur.files import atomic_write_bytes, make_parents, remove_empty
 
 # Options that recipes did not have at first, and what was done then.
-_LATER_OPTIONS = {"values": "base", "group_size": None, "trim_vocabulary": False, "recover": 0, "correction": 0.5}
+_LATER_OPTIONS = {
+    "values": "base",
+    "group_size": None,
+    "trim_vocabulary": False,
+    "recover": 0,
+    "correction": 0.5,
+    "first_token_weight": 1.0,
+}
 
 
 @dataclass(frozen=True)
