@@ -52,6 +52,9 @@ def derive(
         list[str] | None, typer.Option("--for", help="DOMAIN[=WEIGHT], a name or a path; may be repeated.")
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction to remove.", show_default="0.5")] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="Size of the result, such as 300MB, in place of a sparsity.")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="fast, balanced or best: how much time to spend on quality.", show_default="fast")
     ] = None,
@@ -105,6 +108,7 @@ def derive(
         "model": model,
         "for": domains or None,
         "sparsity": sparsity,
+        "target_size": target_size,
         "preset": preset,
         "method": method,
         "budget": budget,

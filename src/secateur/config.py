@@ -4,6 +4,7 @@ What only decides how the work is done (threads, device, where the output goes) 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"method": "admm", "correction": 0.0},
     "best": {"method": "admm", "correction": DEFAULT_CORRECTION},
 }
+_ONE_OF_TWO = frozenset({"sparsity", "target_size"})
+UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
 DEFAULT_GROUP_SIZES: dict[str, GroupSize] = {"int8": 128, "int4": 64}
 
 
@@ -40,6 +43,9 @@ class Recipe(BaseModel):
         What the sub-model is for, as `NAME` or `NAME=WEIGHT`; the key is `for` in a recipe file.
     sparsity
         Fraction of each prunable weight that is removed, 0 <= sparsity < 1.
+    target_size
+        Bytes that the sub-model may have at most, also as `300MB` or `1.5GB`; None when the sparsity says it. A recipe
+        that is carried out has the sparsity and values instead that were found for it.
     method, budget
         Names from their registries.
     granularity
@@ -70,6 +76,7 @@ class Recipe(BaseModel):
     model: str = "demo"
     domains: Annotated[tuple[str, ...], Field(alias="for", min_length=1)]
     sparsity: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.5
+    target_size: Annotated[int | None, Field(ge=1)] = None
     method: str = "wanda"
     budget: str = "uniform"
     granularity: Granularity = "per_output"
@@ -92,6 +99,17 @@ class Recipe(BaseModel):
             raise ValueError("only int8 and int4 values have groups; leave it out")
         return DEFAULT_GROUP_SIZES.get(info.data.get("values", "")) if value is None else value
 
+    @field_validator("target_size", mode="before")
+    @classmethod
+    def _size_in_bytes(cls, value: object) -> object:
+        """Accept `300MB`, `1.5 GB` and `400000kB`, of a thousand each, and numbers of bytes."""
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?B)\s*", value, re.IGNORECASE)
+        if found is None:
+            raise ValueError("give a number and a unit, such as 300MB")
+        return round(float(found[1]) * UNITS[found[2].lower()])
+
     @field_validator("domains", mode="before")
     @classmethod
     def _domains_as_strings(cls, value: object) -> object:
@@ -103,8 +121,8 @@ class Recipe(BaseModel):
         return tuple(value) if isinstance(value, list) else value
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data, with the keys of a recipe file."""
-        return self.model_dump(mode="json", by_alias=True)
+        """Return plain JSON data, with the keys of a recipe file; without a target size, which is none of a result."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"target_size"})
 
 
 def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
@@ -118,7 +136,13 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
         When the file cannot be read or a value is missing, unknown or out of range.
     """
     merged: dict[str, Any] = dict(read_recipe_file(file)) if file is not None else {}
-    merged.update({key: value for key, value in options.items() if value is not None})
+    given = {key: value for key, value in options.items() if value is not None}
+    for source in (merged, given):
+        if len(_ONE_OF_TWO & source.keys()) == len(_ONE_OF_TWO):
+            raise ConfigError("sparsity and target_size decide the same thing: give one of them")
+    if _ONE_OF_TWO & given.keys():
+        merged = {key: value for key, value in merged.items() if key not in _ONE_OF_TWO}
+    merged |= given
     preset = merged.pop("preset", None)
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:

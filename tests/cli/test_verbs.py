@@ -85,6 +85,21 @@ def test_a_preset_and_recovery(inputs, work, capsys):
     assert "unknown preset 'finest': known are fast, balanced, best" in outcome.err
 
 
+def test_a_target_size(inputs, work, capsys):
+    arguments = ["derive", str(inputs / "base"), "--for", str(inputs / "text"), "--samples", "2"]
+    arguments += ["--sequence-length", "32", "-o", "out", "--target-size"]
+    outcome = run([*arguments, "1B"], capsys)
+    assert outcome.code == 1
+    assert "a target size of 0 MB cannot be reached: with int4 values and 90% removed" in outcome.err
+    outcome = run([*arguments, "1 GB", "--values", "int8", "--json"], capsys)
+    assert outcome.code == 0
+    assert "for 1,000 MB: values int8, sparsity 0.0" in outcome.err
+    assert json.loads(outcome.out)["recipe"]["sparsity"] == 0.0
+    outcome = run([*arguments, "1 GB", "--sparsity", "0.5"], capsys)
+    assert outcome.code == 1
+    assert "sparsity and target_size decide the same thing" in outcome.err
+
+
 def test_a_trimmed_vocabulary(inputs, work, capsys):
     arguments = ["derive", str(inputs / "base"), "--for", str(inputs / "text"), "--samples", "2"]
     outcome = run([*arguments, "--sequence-length", "32", "--trim-vocabulary", "-o", "out", "--json"], capsys)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from secateur.checkpoint.format import ACTIVATIONS, FLOATS, Encoding
+from secateur.checkpoint.format import ACTIVATIONS
 from secateur.errors import ConfigError, ModelError, OutputError, ResourceError, SecateurError, UnknownNameError
 from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, shards
 from tests.tiny import save_tiny
@@ -95,33 +95,22 @@ def make_memory(monkeypatch, n_bytes):
     monkeypatch.setattr("secateur.pruning.forecast.available_memory", lambda: n_bytes)
 
 
-def forecast_of(base, tmp_path, encoding=FLOATS):
-    """(working memory, activations, disk) in bytes, from the real forecast."""
+def forecast_of(base, tmp_path):
+    """(working memory, activations) in bytes, from the real forecast."""
+    from secateur.config import make_recipe
     from secateur.models.source import ModelFolder
-    from secateur.models.structure import find_blocks
-    from secateur.models.weights import load_skeleton
-    from secateur.pruning.demand import Demand
-    from secateur.pruning.forecast import make_forecast
+    from secateur.pruning.base import Base
+    from secateur.pruning.job import forecast_job
 
-    model = load_skeleton(ModelFolder(base, "tiny"))
-    demand = Demand(
-        model,
-        find_blocks(model),
-        tokens=5 * 48,
-        itemsize=2,
-        batch_tokens=2048 // 48 * 48,
-        sparsity=0.5,
-        threads=1,
-        encoding=encoding,
-    )
-    found = make_forecast(demand, tmp_path / "out.partial")
-    return found.working_memory, found.activations, found.disk
+    recipe = make_recipe({"for": "python", "sequence_length": 48})
+    found = forecast_job(Base.open(ModelFolder(base, "tiny")), recipe, 5 * 48, None, 1, tmp_path / "out.partial")
+    return found.working_memory, found.activations
 
 
 @pytest.mark.parametrize("propagate", [True, False])
 def test_mapped_activations_give_the_same_bytes(base, tmp_path, monkeypatch, propagate):
     derive_tiny(base, tmp_path / "memory", propagate=propagate)
-    working, activations, _ = forecast_of(base, tmp_path)
+    working, activations = forecast_of(base, tmp_path)
     make_memory(monkeypatch, int((working + activations / 2) / 0.85))
     lines, seen = [], []
 
@@ -136,7 +125,7 @@ def test_mapped_activations_give_the_same_bytes(base, tmp_path, monkeypatch, pro
 
 
 def test_mapped_activations_are_made_again_on_resume(base, tmp_path, monkeypatch, undisturbed):
-    working, activations, _ = forecast_of(base, tmp_path)
+    working, activations = forecast_of(base, tmp_path)
     make_memory(monkeypatch, int((working + activations / 2) / 0.85))
     partial = interrupt(base, tmp_path / "out")
     assert (partial / ACTIVATIONS).exists()
@@ -145,7 +134,7 @@ def test_mapped_activations_are_made_again_on_resume(base, tmp_path, monkeypatch
 
 
 def test_what_does_not_fit_into_memory_is_refused(base, tmp_path, monkeypatch):
-    working, _, _ = forecast_of(base, tmp_path)
+    working, _ = forecast_of(base, tmp_path)
     make_memory(monkeypatch, int(working / 0.85) - 100)
     with pytest.raises(ResourceError, match=r"one block of this model needs about .* of memory and .* are free"):
         derive_tiny(base, tmp_path / "out")
@@ -153,7 +142,7 @@ def test_what_does_not_fit_into_memory_is_refused(base, tmp_path, monkeypatch):
 
 
 def test_gram_matrices_are_counted_before_they_are_needed(base, tmp_path, monkeypatch):
-    working, activations, _ = forecast_of(base, tmp_path)
+    working, activations = forecast_of(base, tmp_path)
     make_memory(monkeypatch, int((working + activations) / 0.85) + 1000)
     derive_tiny(base, tmp_path / "wanda")
     with pytest.raises(ResourceError, match="one block of this model needs"):
@@ -168,22 +157,6 @@ def test_what_does_not_fit_onto_the_disk_is_refused(base, tmp_path, monkeypatch)
     with pytest.raises(ResourceError, match=r"may need .* of disk and 0 MB are free at .*make room"):
         derive_tiny(base, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("encoding", [FLOATS, Encoding("int8", 128), Encoding("int4", 32)])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # the latter's head is tied
-def test_the_forecast_of_the_disk_is_no_less_and_not_much_more(tmp_path, monkeypatch, family, encoding):
-    monkeypatch.setattr("secateur.pruning.demand.SMALL_FILES", 0)
-    sizes = {"hidden_size": 256, "intermediate_size": 1024}  # so that tensors outweigh offsets and headers
-    base, out = save_tiny(tmp_path / "base", family, **sizes), tmp_path / "out"
-    _, _, disk = forecast_of(base, tmp_path, encoding)
-    values = "base" if encoding is FLOATS else encoding.values
-    derive_tiny(base, out, values=values, group_size=encoding.group_size or None)
-    tensors = [
-        one for path in out.glob("*.safetensors") for name, one in load_file(path).items() if "offsets" not in name
-    ]
-    written = sum(one.numel() * one.element_size() for one in tensors)
-    assert 0.99 * written <= disk <= 1.05 * written
 
 
 def test_too_little_memory_on_resume_does_not_cost_the_finished_blocks(base, tmp_path, monkeypatch, undisturbed):

@@ -123,10 +123,13 @@ def finish_submodel(
 
 def carry_files(source: Path, target: Path) -> None:
     """Copy tokenizer, generation settings and licences from one model folder to another."""
-    for pattern in CARRIED:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
+    for path in carried_files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def carried_files(source: Path) -> list[Path]:
+    """Return the files of a model folder that a sub-model carries unchanged."""
+    return [path for pattern in CARRIED for path in sorted(source.glob(pattern)) if path.is_file()]
 
 
 def _write_index(folder: Path, shards: Iterable[str], stored: Stored) -> tuple[LayerRecord, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from secateur.checkpoint.format import DENSE_ENCODING, FLOATS, Encoding
+from secateur.checkpoint.format import DENSE_ENCODING
 from secateur.models.structure import Block, embedding_weights
 from secateur.pruning.recovery import sequences_together
 
@@ -17,8 +17,6 @@ INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
 GRAM_COPIES, WEIGHT_COPIES, FLOAT_BYTES = 10, 8, 4
 # Of recovery: weights and two moments in float32; what a block keeps for its gradients; logits, parent's and gradients.
 STATE_BYTES, KEPT_INTERMEDIATE, KEPT_HIDDEN, LOGITS_COPIES = 12, 6, 16, 4
-# Tokenizer, offsets of rows, index and manifest.
-SMALL_FILES = 32_000_000
 SCALE_BYTES = 2
 
 
@@ -42,8 +40,10 @@ class Demand:
         Fraction of the prunable weights that is removed.
     threads
         Number of CPU threads, and so of weights that are pruned side by side.
-    encoding
-        How kept weights are stored.
+    written
+        Bytes of the finished folder.
+    rounded
+        Whether embedding and head become integers.
     trimmed
         Whether the rows of the head are reordered.
     gram
@@ -61,7 +61,8 @@ class Demand:
     batch_tokens: int
     sparsity: float
     threads: int
-    encoding: Encoding = FLOATS
+    written: int
+    rounded: bool = False
     trimmed: bool = False
     gram: bool = False
     streams: int = 1
@@ -100,18 +101,13 @@ class Demand:
         return int(models + (STATE_BYTES + FLOAT_BYTES) * learning + len(self.blocks) * for_gradients + logits)
 
     def disk(self) -> int:
-        """Return an upper bound of the folder that is worked in, without mapped activations."""
+        """Return what the folder that is worked in takes on disk, without mapped activations."""
+        if not self.recovering:
+            return self.written
+        # Pruned shards, and the state beside the one that takes its place.
         prunable = sum(self._prunable())
-        rounded = self._outer_matrices() if self.encoding.bits else 0
-        entries = SMALL_FILES + int(
-            prunable * (1 / 8 + _bytes_per_entry(self.encoding, self.itemsize, 1 - self.sparsity))
-            + (self._all() - prunable - rounded) * self.itemsize
-            + rounded * _bytes_per_entry(DENSE_ENCODING, self.itemsize)
-        )
-        if self.recovering:  # pruned shards, and the state beside the one that takes its place
-            entries += int(prunable * (1 / 8 + (1 - self.sparsity) * self.itemsize))
-            entries += 2 * STATE_BYTES * self._learning()
-        return entries
+        shards = int(prunable * (1 / 8 + (1 - self.sparsity) * self.itemsize))
+        return self.written + shards + 2 * STATE_BYTES * self._learning()
 
     def _widths(self) -> tuple[int, int]:
         config = self.model.config.get_text_config(decoder=True)
@@ -145,13 +141,6 @@ class Demand:
 
     def _reordering(self) -> int:
         """Return what rounding embedding and head takes; reordered rows are a second copy of what is written."""
-        if self.encoding.bits:
-            return int(self._outer_matrices() * _bytes_per_entry(DENSE_ENCODING, self.itemsize) * (1 + self.trimmed))
+        if self.rounded:
+            return int(self._outer_matrices() * (1 + SCALE_BYTES / DENSE_ENCODING.group_size) * (1 + self.trimmed))
         return self._outer_matrices() * self.itemsize if self.trimmed else 0
-
-
-def _bytes_per_entry(encoding: Encoding, itemsize: int, kept: float = 1.0) -> float:
-    """Return the bytes of values and scales for each entry of a weight of which the share `kept` is stored."""
-    if not encoding.bits:
-        return kept * itemsize
-    return kept * encoding.bits / 8 + SCALE_BYTES / encoding.group_size

@@ -24,6 +24,7 @@ from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.job import Job, forecast_job
 from secateur.pruning.loop import Progress
 from secateur.pruning.methods import METHODS
+from secateur.pruning.size import fit
 from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder
 
 
@@ -76,12 +77,13 @@ def derive(
     calibration: CalibrationSet,
     *,
     output: str | Path,
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
+    target_size: int | str | None = None,
     method: str = "wanda",
     budget: str = "uniform",
     granularity: str = "per_output",
     propagate: bool = True,
-    values: str = "base",
+    values: str | None = None,
     group_size: int | None = None,
     trim_vocabulary: bool = False,
     recovery: CalibrationSet | None = None,
@@ -104,7 +106,7 @@ def derive(
         Token ids [samples, sequence_length] of the base model's tokenizer, and where they come from.
     output
         The folder to write; it must not exist.
-    sparsity, method, budget, granularity, propagate, values, group_size, trim_vocabulary, correction,
+    sparsity, target_size, method, budget, granularity, propagate, values, group_size, trim_vocabulary, correction,
     first_token_weight
         See `secateur.config.Recipe`.
     recovery
@@ -137,6 +139,7 @@ def derive(
             "model": folder.name if isinstance(model, ModelFolder) else str(model),
             "for": domain_items(calibration.mixture),
             "sparsity": sparsity,
+            "target_size": target_size,
             "method": method,
             "budget": budget,
             "granularity": granularity,
@@ -153,7 +156,8 @@ def derive(
         }
     )
     execution = Execution(output, device, threads, resume, progress, announce, None if data is None else Path(data))
-    return _derive(Base.open(folder), recipe, Texts(calibration, recovery), execution)
+    base = Base.open(folder)
+    return _derive(base, _fitted(base, recipe, announce), Texts(calibration, recovery), execution)
 
 
 def derive_recipe(
@@ -186,6 +190,7 @@ def derive_recipe(
     check_writable(Path(output))
     folder = resolve_model(recipe.model)
     base = Base.open(folder)
+    recipe = _fitted(base, recipe, announce)
     _check_length(base.model, recipe.sequence_length)
     tokenizer = load_tokenizer(folder)
 
@@ -202,6 +207,14 @@ def derive_recipe(
         recipe = recipe.model_copy(update={"recover": recovery.token_ids.size})
     execution = Execution(output, device, threads, resume, progress, announce, data)
     return _derive(base, recipe, Texts(calibration, recovery), execution)
+
+
+def _fitted(base: Base, recipe: Recipe, announce: Callable[[str], None] | None) -> Recipe:
+    """Return the recipe with what a target size asks for, and say what that is."""
+    found = fit(base, recipe)
+    if recipe.target_size is not None and announce is not None:
+        announce(f"for {recipe.target_size / 1e6:,.0f} MB: values {found.values}, sparsity {found.sparsity}")
+    return found
 
 
 @dataclass(frozen=True)

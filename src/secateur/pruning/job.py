@@ -54,6 +54,7 @@ from secateur.pruning.method import Pruned
 from secateur.pruning.methods import METHODS
 from secateur.pruning.pupil import open_pupil
 from secateur.pruning.recovery import Pupil, recover
+from secateur.pruning.size import Footprint
 from secateur.pruning.weight import is_unmasked, pack_weight
 from secateur.pruning.workspace import Workspace
 
@@ -74,7 +75,8 @@ def forecast_job(  # noqa: PLR0917
         batch_tokens=_batch_size(recipe) * recipe.sequence_length,
         sparsity=recipe.sparsity,
         threads=threads,
-        encoding=encoding_of(recipe),
+        written=Footprint.of(base).folder(recipe),
+        rounded=encoding_of(recipe).bits > 0,
         trimmed=recipe.trim_vocabulary,
         gram=METHODS.get(recipe.method).needs_gram,
         streams=2 if follows_parent(recipe) else 1,

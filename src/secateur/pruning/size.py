@@ -1,0 +1,129 @@
+"""How large a sub-model will be, and the sparsity and values with which it is as large as was asked for."""
+
+from dataclasses import dataclass
+
+import torch
+
+from secateur.checkpoint.bitmask import ALIGNMENT, bitmask_width
+from secateur.checkpoint.dense import stored_width
+from secateur.checkpoint.format import DENSE_ENCODING, FLOATS, Encoding
+from secateur.checkpoint.quantise import n_groups
+from secateur.checkpoint.submodel import carried_files
+from secateur.config import DEFAULT_GROUP_SIZES, Recipe, Values
+from secateur.errors import ConfigError
+from secateur.models.structure import embedding_weights
+from secateur.pruning.base import Base
+
+# Of each kind of values, up to which sparsity it is better than the next one at the same size; docs/results/methods.md.
+HIGHEST = 0.9
+PREFERRED: dict[Values, float] = {"base": 0.0, "int8": 0.3, "int4": HIGHEST}
+_OFFSET_BYTES, _SCALE_BYTES, _TOKEN_BYTES = 8, 2, 4
+# Of a tensor: its place in a header and in the index, its padding, and its lines in the manifest.
+_TENSOR_BYTES, _OTHER_BYTES = 512, 65_536
+_STEP = 1e-4
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The tensors of a base model, and from them the size of each sub-model of it.
+
+    Attributes
+    ----------
+    pruned, whole, others
+        (shape, bytes of an entry) of each prunable weight, of embedding and head, and of all other tensors.
+    carried
+        Bytes of the files that a sub-model carries unchanged.
+    """
+
+    pruned: tuple[tuple[torch.Size, int], ...]
+    whole: tuple[tuple[torch.Size, int], ...]
+    others: tuple[tuple[torch.Size, int], ...]
+    carried: int
+
+    @classmethod
+    def of(cls, base: Base) -> "Footprint":
+        """Read the headers of a base model."""
+        pruned, whole = base.shapes(), embedding_weights(base.model)
+        kinds: tuple[list[tuple[torch.Size, int]], ...] = ([], [], [])
+        names = base.stored_names()
+        with base.reader as reader:
+            for name in names:
+                kind = 0 if name in pruned else 1 if name in whole else 2
+                kinds[kind].append((base.model.get_parameter(name).shape, reader.mapped(name).dtype.itemsize))
+        carried = sum(path.stat().st_size for path in carried_files(base.folder.path))
+        return cls(tuple(kinds[0]), tuple(kinds[1]), tuple(kinds[2]), carried)
+
+    def folder(self, recipe: Recipe) -> int:
+        """Return the bytes of a finished sub-model; a little more rather than less, since small files are guessed."""
+        encoding = FLOATS if recipe.values == "base" else Encoding(recipe.values, recipe.group_size or 0)
+        total = sum(_pruned_bytes(shape, encoding, itemsize, recipe.sparsity) for shape, itemsize in self.pruned)
+        if encoding.bits:
+            total += sum(_whole_bytes(shape, DENSE_ENCODING) for shape, _ in self.whole)
+        else:
+            total += sum(shape.numel() * itemsize for shape, itemsize in self.whole)
+        total += sum(shape.numel() * itemsize for shape, itemsize in self.others)
+        if recipe.trim_vocabulary:
+            total += _TOKEN_BYTES * sum(shape[0] for shape, _ in self.whole)
+        tensors = 4 * len(self.pruned) + 2 * len(self.whole) + len(self.others)
+        return total + tensors * _TENSOR_BYTES + _OTHER_BYTES + self.carried
+
+
+def fit(base: Base, recipe: Recipe) -> Recipe:
+    """Return the recipe with the lowest sparsity, and values if it leaves them open, that `target_size` allows.
+
+    Raises
+    ------
+    ConfigError
+        When nothing is as small.
+    """
+    target = recipe.target_size
+    if target is None:
+        return recipe
+    footprint, fixed = Footprint.of(base), "values" in recipe.model_fields_set
+    highest = {recipe.values: HIGHEST} if fixed else PREFERRED
+    for values, limit in highest.items():
+        group_size = recipe.group_size if fixed else DEFAULT_GROUP_SIZES.get(values)
+        tried = recipe.model_copy(update={"values": values, "group_size": group_size, "target_size": None})
+        sparsity = _lowest_sparsity(footprint, tried, target, limit)
+        if sparsity is not None:
+            return tried.model_copy(update={"sparsity": sparsity})
+    least = footprint.folder(tried.model_copy(update={"sparsity": HIGHEST}))
+    raise ConfigError(
+        f"a target size of {target / 1e6:,.0f} MB cannot be reached: with {tried.values} values and {HIGHEST:.0%} "
+        f"removed the sub-model has {least / 1e6:,.0f} MB"
+    )
+
+
+def _lowest_sparsity(footprint: Footprint, recipe: Recipe, target: int, highest: float) -> float | None:
+    """Return the lowest sparsity, in steps of 0.0001, with which the folder is small enough; None if there is none."""
+
+    def fits(step: int) -> bool:
+        return footprint.folder(recipe.model_copy(update={"sparsity": step * _STEP})) <= target
+
+    if fits(0):  # without a bitmask, and so smaller than with the lowest sparsity
+        return 0.0
+    low, high = 0, round(highest / _STEP)
+    if not fits(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return round(high * _STEP, 4)
+
+
+def _pruned_bytes(shape: torch.Size, encoding: Encoding, itemsize: int, sparsity: float) -> int:
+    rows, columns = shape
+    if encoding.bits and sparsity == 0:
+        return _whole_bytes(shape, encoding)
+    kept = columns - round(sparsity * columns)
+    row = (kept * encoding.bits + 7) // 8 if encoding.bits else kept * itemsize
+    padded = -(-rows * row // ALIGNMENT) * ALIGNMENT
+    return rows * bitmask_width(columns) + padded + _OFFSET_BYTES * (rows + 1) + _scales_bytes(shape, encoding)
+
+
+def _whole_bytes(shape: torch.Size, encoding: Encoding) -> int:
+    return shape[0] * stored_width(shape[1], encoding) + _scales_bytes(shape, encoding)
+
+
+def _scales_bytes(shape: torch.Size, encoding: Encoding) -> int:
+    return _SCALE_BYTES * shape[0] * n_groups(shape[1], encoding.group_size) if encoding.bits else 0

@@ -1,0 +1,112 @@
+"""The size of a sub-model: foretold from headers, and chosen by the user."""
+
+import pytest
+
+from secateur.checkpoint.format import MANIFEST, read_json
+from secateur.config import make_recipe
+from secateur.errors import ConfigError
+from secateur.models.source import ModelFolder
+from secateur.pruning.base import Base
+from secateur.pruning.size import HIGHEST, PREFERRED, Footprint, fit
+from tests.pruning.tiny_derivation import derive_tiny
+from tests.tiny import save_tiny
+
+# So that weights outweigh tokenizer, headers and manifest.
+SIZES = {"hidden_size": 512, "intermediate_size": 2048}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])  # the second has a tied head
+def base(request, tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp(request.param) / "base", request.param, **SIZES)
+
+
+def size(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def opened(base):
+    return Base.open(ModelFolder(base, "tiny"))
+
+
+def recipe(**options):
+    return make_recipe({"for": "python", **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"values": "base", "sparsity": 0.37},
+        {"values": "int8", "sparsity": 0.0},
+        {"values": "int8", "sparsity": 0.5, "granularity": "per_layer"},
+        {"values": "int4", "sparsity": 0.61, "group_size": 32},
+    ],
+)
+def test_the_size_is_foretold(base, tmp_path, options):
+    derive_tiny(base, tmp_path / "out", **options)
+    foretold, found = Footprint.of(opened(base)).folder(recipe(**options)), size(tmp_path / "out")
+    assert found <= foretold <= 1.02 * found + 100_000
+
+
+@pytest.mark.parametrize("values", ["base", "int8", "int4"])
+def test_the_result_is_just_below_the_target(base, tmp_path, values):
+    whole = Footprint.of(opened(base)).folder(recipe(values=values, sparsity=0.0))
+    target = int(0.7 * whole)
+    made = derive_tiny(base, tmp_path / "out", values=values, target_size=target)
+    assert 0.95 * target - 100_000 <= size(tmp_path / "out") <= target
+    chosen = read_json(tmp_path / "out" / MANIFEST)["recipe"]
+    assert "target_size" not in chosen
+    assert made.manifest["sparsity"] == pytest.approx(chosen["sparsity"], abs=1e-3)
+    # One step less would be too much.
+    less = recipe(values=values, sparsity=round(chosen["sparsity"] - 0.002, 4))
+    assert Footprint.of(opened(base)).folder(less) > target
+
+
+def test_values_are_chosen_with_the_sparsity(base):
+    footprint = Footprint.of(opened(base))
+    sizes = {values: footprint.folder(recipe(values=values, sparsity=0.0)) for values in ("base", "int8", "int4")}
+    for values, next_values in (("base", "int8"), ("int8", "int4")):
+        found = fit(opened(base), recipe(target_size=sizes[values]))
+        assert (found.values, found.sparsity, found.target_size) == (values, 0.0, None)
+        below = fit(opened(base), recipe(target_size=sizes[values] - 1))
+        assert below.values == (values if PREFERRED[values] else next_values)
+    small = fit(opened(base), recipe(target_size=sizes["int4"] * 3 // 4))
+    assert (small.values, small.group_size) == ("int4", 64)
+    assert 0.2 < small.sparsity < HIGHEST
+    # Each recipe can be carried out again as it is.
+    assert make_recipe(small.to_dict()) == small
+
+
+def test_what_cannot_be_so_small_is_refused(base, tmp_path):
+    for options, said in (({}, "int4"), ({"values": "base"}, "base")):
+        with pytest.raises(ConfigError, match=rf"size of 0 MB cannot be reached: with {said} values and 90% removed"):
+            derive_tiny(base, tmp_path / "out", target_size=1000, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "bytes_"), [("300MB", 300_000_000), ("1.5 GB", 1_500_000_000), ("20kb", 20_000), (7, 7), ("12 B", 12)]
+)
+def test_sizes_are_read(given, bytes_):
+    assert recipe(target_size=given).target_size == bytes_
+
+
+@pytest.mark.parametrize("given", ["300", "MB", "-3MB", "3 TB", "", "1e3MB", 0, -5, 2.5, True])
+def test_what_is_no_size_is_refused(given):
+    with pytest.raises(ConfigError, match="option 'target_size' cannot be"):
+        recipe(target_size=given)
+
+
+def test_a_size_and_a_sparsity_are_one_too_many(tmp_path):
+    said = "sparsity and target_size decide the same thing"
+    with pytest.raises(ConfigError, match=said):
+        recipe(target_size="3MB", sparsity=0.5)
+    file = tmp_path / "recipe.yaml"
+    file.write_text("for: python\nsparsity: 0.7\ntarget_size: 3MB\n")
+    with pytest.raises(ConfigError, match=said):
+        make_recipe({}, file)
+    # A flag wins over a file.
+    file.write_text("for: python\nsparsity: 0.7\n")
+    assert make_recipe({"target_size": "3MB"}, file).target_size == 3_000_000
+    file.write_text("for: python\ntarget_size: 3MB\n")
+    found = make_recipe({"sparsity": 0.7}, file)
+    assert (found.sparsity, found.target_size) == (0.7, None)
