@@ -28,7 +28,7 @@ def loss(quantised, weight, inputs, bits, group_size=32):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_each_sweep_leaves_less_error(bits, sparsity):
-    weight, inputs = layer(width=150)
+    weight, inputs = layer(width=150, tokens=5000)
     losses = []
     for sweeps in range(5):
         nearest, settled, mask = rounded(weight, inputs, bits, sparsity=sparsity, sweeps=sweeps)
