@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.models.source import load_tokenizer, resolve_model
-from secateur.pruning.forecast import TOKENS_PER_BATCH
+from secateur.pruning.job import TOKENS_PER_BATCH
 
 
 def calibration_set(folder, samples):

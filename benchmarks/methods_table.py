@@ -20,11 +20,11 @@ import shutil
 from pathlib import Path
 
 import torch
+from caching import cached
 
 import secateur
-from secateur.checkpoint.format import LOG, dump_json, read_json
+from secateur.checkpoint.format import LOG, read_json
 from secateur.config import PRESETS, make_recipe
-from secateur.files import atomic_write_bytes
 from secateur.models.source import resolve_model
 from secateur.pruning.derive import derive_recipe
 
@@ -47,17 +47,10 @@ def measured(options, model):
     return {domain: evaluation.cell(f"perplexity:{domain}", name).result.perplexity for domain in options.measured}
 
 
-def cached(options, name, settings, make):
-    """Return what `make` gives, from OUT where it was made with the same settings."""
-    path = options.output / f"{name}.json"
+def settled(options, name, settings, make):
+    """Return what `make` gives, from OUT where it was made with the same settings and options."""
     common = {key: getattr(options, key) for key in ("model", "limit", "measured")}
-    settings = {**settings, **common, "data": str(options.data)}
-    if not path.exists():
-        atomic_write_bytes(path, dump_json({"settings": settings, **make()}))
-    content = read_json(path)
-    if content["settings"] != settings:
-        raise SystemExit(f"{path} was made with other options: name another folder")
-    return content
+    return cached(options.output / f"{name}.json", {**settings, **common, "data": str(options.data)}, make)
 
 
 def sub_model(options, variant, domain, sparsity, seed):
@@ -73,7 +66,7 @@ def sub_model(options, variant, domain, sparsity, seed):
         print(f"{name}: {found['log']['seconds']} s, {found['perplexity']}", flush=True)
         return found
 
-    return cached(options, name, {"recipe": recipe.to_dict()}, make)
+    return settled(options, name, {"recipe": recipe.to_dict()}, make)
 
 
 def span(values, form):
@@ -119,7 +112,7 @@ def main():
     options.measured = sorted({*options.domains, "python", "java", "general"})
     folder = resolve_model(options.model)
     print(f"{folder.name}, {platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    parent = cached(options, "parent", {}, lambda: {"perplexity": measured(options, options.model)})["perplexity"]
+    parent = settled(options, "parent", {}, lambda: {"perplexity": measured(options, options.model)})["perplexity"]
     print("parent:", parent, flush=True)
     rows = [["for", "sparsity", "variant", "perplexity", "loss", "closed", *options.measured, "seconds"]]
     for sparsity in options.sparsity:

@@ -1,0 +1,233 @@
+"""The page on which a person decides: bytes, decoding speed and quality of sub-models beside llama.cpp's own files.
+
+    python benchmarks/frontier.py PARENT.gguf -o OUT [--for python] [--sizes 200MB 250MB 300MB] [--subs FOLDER ...] \\
+        [--types Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M IQ3_XS Q2_K] [--smaller MODEL.gguf ...] [--samples 64] [--preset best]
+
+For one parent and one domain: sub-models derived for each size (`secateur derive --target-size`) and those named with
+`--subs`; the parent quantised by llama.cpp to each type, with an importance matrix from the same calibration text (the
+mean squares of the inputs of each weight, which is what llama-imatrix computes); and smaller dense models. Quality is
+bits per byte of the same held-out text, of the values as they are stored: llama.cpp's are unpacked and run by
+transformers, so that no rounding of activations is held against either side. Speed is one run of `secateur.benchmark`
+in which all of them alternate. Writes OUT/NAME.json for each model, OUT/frontier.json and, where matplotlib is
+installed, OUT/frontier.svg, and prints the table. What is finished in OUT is used again; OUT/cache has converted files.
+"""
+
+import argparse
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+from caching import cached
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.checkpoint.format import MANIFEST, dump_json, read_json
+from secateur.config import make_recipe
+from secateur.files import atomic_file, atomic_write_bytes
+from secateur.models.gguf_names import tensor_sources
+from secateur.models.source import load_tokenizer, resolve_model
+from secateur.models.structure import find_blocks
+from secateur.pruning.derive import derive_recipe
+
+TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ3_XS", "Q2_K")
+GENERAL = "general"
+
+
+def importance_matrix(folder, domain, samples, data):
+    """Return {GGUF tensor name: mean squares of the inputs, float32 [in_features]} of the weights inside the blocks."""
+    model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.bfloat16).eval()
+    tokenizer = load_tokenizer(folder)
+    token_ids = torch.from_numpy(secateur.calibrate(domain, tokenizer, samples=samples, data=data).token_ids)
+    sums, handles = {}, []
+    names = [f"{block.name}.{linear}" for block in find_blocks(model) for linear in block.prunable]
+
+    def watch(name):
+        def add(_module, arguments):
+            rows = arguments[0].detach().float().flatten(0, -2)
+            sums[name] = sums.get(name, 0) + rows.square().sum(0).double()
+
+        return add
+
+    for name in names:
+        handles.append(model.get_submodule(name).register_forward_pre_hook(watch(name)))
+    with torch.inference_mode():
+        for part in token_ids.split(4):
+            model(part, use_cache=False, logits_to_keep=1)
+    means = {f"{name}.weight": (total / token_ids.numel()).float() for name, total in sums.items()}
+    config = read_json(folder.path / "config.json")
+    sources = tensor_sources(config["model_type"], config)
+    return {source.name: means[name] for name, source in sources.items() if name in means}
+
+
+def quantise(gguf, kind, matrix, target):
+    """Let llama.cpp quantise a GGUF to `kind` with an importance matrix."""
+    import llama_cpp
+
+    silence = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silence, None)
+    entries = (llama_cpp.llama_model_imatrix_data * (len(matrix) + 1))()  # the last one, empty, ends the list
+    for entry, (name, values) in zip(entries, matrix.items(), strict=False):
+        entry.name, entry.size = name.encode(), len(values)
+        entry.data = ctypes.cast(values.contiguous().data_ptr(), ctypes.POINTER(ctypes.c_float))
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    options.allow_requantize = True
+    options.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+    with atomic_file(target) as partial:
+        if llama_cpp.llama_model_quantize(str(gguf).encode(), str(partial).encode(), options) != 0:
+            raise SystemExit(f"llama.cpp cannot quantise {gguf} to {kind}")
+
+
+def llama_files(options, folder):
+    """Return {type: file}, made where they are not there yet."""
+    found, matrix = {}, None
+    for kind in options.types:
+        found[kind] = options.output / f"{options.domain.replace('/', '_')}-{kind}.gguf"
+        if not found[kind].exists():
+            matrix = matrix or importance_matrix(folder, options.domain, options.samples, options.data)
+            quantise(options.parent, kind, matrix, found[kind])
+    return found
+
+
+def sub_models(options):
+    """Return {name: folder} of those that are given and those derived for a size."""
+    found = {folder.name: folder for folder in options.subs}
+    for size in options.sizes:
+        recipe = make_recipe(
+            {
+                "model": str(options.parent),
+                "for": options.domain,
+                "preset": options.preset,
+                "target_size": size,
+                "samples": options.samples,
+            }
+        )
+        folder = options.output / f"sub-{size.replace(' ', '')}"
+        derive_recipe(recipe, output=folder, data=options.data, resume=True, announce=print)
+        found[folder.name] = folder
+    return found
+
+
+def bytes_of(path):
+    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def quality(options, name, path):
+    """Return {domain: bits per byte} of held-out text, and its standard error."""
+    domains = dict.fromkeys([options.domain, GENERAL])
+    settings = {"path": str(path), "bytes": bytes_of(path), "limit": options.limit, "domains": list(domains)}
+
+    def make():
+        tasks = [f"perplexity:{one}" for one in domains]
+        evaluation = secateur.evaluate([path], tasks, limit=options.limit, data=options.data)
+        cells = {one: evaluation.cell(f"perplexity:{one}", evaluation.models[0].name).result for one in domains}
+        print(name, {one: round(cell.bits_per_byte, 4) for one, cell in cells.items()}, flush=True)
+        return {one: [cell.bits_per_byte, cell.perplexity] for one, cell in cells.items()}
+
+    return cached(options.output / f"quality-{name}.json", settings, make)
+
+
+def described(path):
+    """Return what a sub-model is: sparsity and values."""
+    if not path.is_dir():
+        return ""
+    manifest = read_json(path / MANIFEST)
+    return f"{manifest['recipe']['method']}, {manifest['values']}, {manifest['sparsity']:.1%}"
+
+
+def speeds(options, models):
+    """Return {name: median tokens/s} of one run in which all models alternate."""
+    folders = [path for path in models.values() if path.is_dir()]
+    files = [path for path in models.values() if not path.is_dir()]
+    against = [f"native:{path}" for path in folders[1:]] + [f"llama.cpp:{path}" for path in files]
+    settings = {"models": [f"{path} {bytes_of(path)}" for path in (*folders, *files)], "rounds": options.rounds}
+
+    def make():
+        report = secateur.benchmark(
+            folders[0], against, rounds=options.rounds, prompt_lengths=(512,), new_tokens=128, batch=1
+        )
+        pairs = zip((*folders, *files), report.models, strict=True)
+        found = {str(path): {key: speed.median(key) for key in speed.tokens_per_second} for path, speed in pairs}
+        return {"speeds": found, "machine": report.machine, "threads": report.threads, "busy": report.busy}
+
+    return cached(options.output / "speed.json", settings, make)
+
+
+def draw(rows, domain, target):
+    """Draw bits per byte over bytes, and tokens/s over bytes; nothing without matplotlib."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no figure: matplotlib is not installed")
+        return
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for axis, key, label in zip(axes, ("bits", "decode"), (f"bits per byte, {domain}", "tokens/s"), strict=True):
+        for kind, marker in (("secateur", "o"), ("llama.cpp", "s"), ("smaller", "^")):
+            points = sorted((row["bytes"] / 1e6, row[key], row["name"]) for row in rows if row["kind"] == kind)
+            if points:
+                axis.plot(*zip(*[point[:2] for point in points], strict=True), marker=marker, label=kind)
+            for x, y, name in points:
+                axis.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axis.set(xlabel="MB", ylabel=label)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(target)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parent", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--for", dest="domain", default="python")
+    parser.add_argument("--sizes", nargs="*", default=[])
+    parser.add_argument("--subs", nargs="*", type=Path, default=[])
+    parser.add_argument("--types", nargs="*", default=list(TYPES))
+    parser.add_argument("--smaller", nargs="*", type=Path, default=[], help="GGUF files of smaller dense models")
+    parser.add_argument("--preset", default="best")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--limit", type=int, default=8000, help="tokens of held-out text of each domain")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", type=Path)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    os.environ["SECATEUR_CACHE"] = str(options.output.resolve() / "cache")  # a converted file is larger than itself
+    kinds = {
+        "secateur": sub_models(options),
+        "llama.cpp": {"parent": options.parent, **llama_files(options, resolve_model(str(options.parent)))},
+        "smaller": {path.stem: path for path in options.smaller},
+    }
+    models = {name: path for group in kinds.values() for name, path in group.items()}
+    measured = {name: quality(options, name, path) for name, path in models.items()}
+    timed = speeds(options, models)
+    rows = [
+        {
+            "name": name,
+            "kind": kind,
+            "what": described(path),
+            "bytes": bytes_of(path),
+            "bits": measured[name][options.domain][0],
+            "perplexity": measured[name][options.domain][1],
+            "english": measured[name][GENERAL][0],
+            "decode": timed["speeds"][str(path)]["decode"],
+            "prefill": timed["speeds"][str(path)]["prefill 512"],
+        }
+        for kind, group in kinds.items()
+        for name, path in group.items()
+    ]
+    rows.sort(key=lambda row: row["bytes"])
+    atomic_write_bytes(options.output / "frontier.json", dump_json({"rows": rows, "machine": timed["machine"]}))
+    print(f"\n{timed['machine']}, {timed['threads']} threads\n")
+    print(f"| | | MB | bits per byte, {options.domain} | perplexity | bits per byte, English | tokens/s | prompt 512 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        figures = [f"{row['bits']:.4f}", f"{row['perplexity']:.2f}", f"{row['english']:.4f}"]
+        figures += [f"{row['decode']:.1f}", f"{row['prefill']:.0f}"]
+        print(
+            "| " + " | ".join([row["name"], row["what"] or row["kind"], f"{row['bytes'] / 1e6:.0f}", *figures]) + " |"
+        )
+    draw(rows, options.domain, options.output / "frontier.svg")
+
+
+if __name__ == "__main__":
+    main()
