@@ -19,6 +19,8 @@ from secateur.models.device import product_precision
 _ROWS = 256
 # The same for products of all pairs of features, which are worth it only for many rows at a time.
 _GRAM_ROWS = 2048
+# And so many features against all behind them.
+_GRAM_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,16 @@ class _Sum:
         with product_precision("medium" if rows.dtype == torch.bfloat16 else "highest"):
             for begin in range(0, len(rows), _GRAM_ROWS):
                 slab = rows[begin : begin + _GRAM_ROWS].float()
-                self.gram.addmm_(slab.T, slab, alpha=times)
+                for column in range(0, slab.shape[1], _GRAM_COLUMNS):  # what lies above the diagonal is enough
+                    part = slice(column, column + _GRAM_COLUMNS)
+                    self.gram[part, column:].addmm_(slab[:, part].T, slab[:, column:], alpha=times)
                 if parents is not None and self.cross is not None:
                     self.cross.addmm_(parents[begin : begin + _GRAM_ROWS].float().T, slab, alpha=times)
 
     def result(self) -> InputStatistics:
+        if self.gram is not None:
+            self.gram.triu_()
+            self.gram += self.gram.triu(1).T
         return InputStatistics(self.total.float(), self.n_tokens, self.gram, self.cross)
 
 
