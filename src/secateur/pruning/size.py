@@ -14,8 +14,8 @@ from secateur.errors import ConfigError
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
 
-# Of each kind of values, up to which sparsity it is taken to be better than the next one at the same size. At 30% int8
-# and int4 without a mask are about as large; beyond it pruning costs more than the four bits do.
+# Of each kind of values, up to which sparsity it is taken to be better than the next one: pruning then costs less than
+# the bits that the next one saves. An estimate from the losses at 50% in docs/results/methods.md, not a measurement.
 HIGHEST = 0.9
 PREFERRED: dict[Values, float] = {"base": 0.0, "int8": 0.3, "int4": HIGHEST}
 _OFFSET_BYTES, _SCALE_BYTES, _TOKEN_BYTES = 8, 2, 4
