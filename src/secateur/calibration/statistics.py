@@ -93,10 +93,8 @@ class _Sum:
                     self.cross.addmm_(parents[begin : begin + _GRAM_ROWS].float().T, slab, alpha=times)
 
     def result(self) -> InputStatistics:
-        if self.gram is not None:
-            self.gram.triu_()
-            self.gram += self.gram.triu(1).T
-        return InputStatistics(self.total.float(), self.n_tokens, self.gram, self.cross)
+        gram = None if self.gram is None else self.gram.triu() + self.gram.triu(1).T
+        return InputStatistics(self.total.float(), self.n_tokens, gram, self.cross)
 
 
 class StatisticsCollector:

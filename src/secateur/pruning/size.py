@@ -43,14 +43,15 @@ class Footprint:
 
     @classmethod
     def of(cls, base: Base) -> "Footprint":
-        """Read the headers of a base model."""
+        """Read the headers of a base model; a tied head is taken to be stored once, as it is in nearly all files."""
         pruned, whole = base.shapes(), embedding_weights(base.model)
         kinds: tuple[list[tuple[torch.Size, int]], ...] = ([], [], [])
-        names = base.stored_names()
+        usual = base.dtype()
         with base.reader as reader:
-            for name in names:
+            for name, parameter in base.model.named_parameters():
                 kind = 0 if name in pruned else 1 if name in whole else 2
-                kinds[kind].append((base.model.get_parameter(name).shape, reader.mapped(name).dtype.itemsize))
+                dtype = reader.mapped(name).dtype if name in reader else usual  # what is missing is found out later
+                kinds[kind].append((parameter.shape, dtype.itemsize))
         carried = sum(path.stat().st_size for path in carried_files(base.folder.path))
         return cls(tuple(kinds[0]), tuple(kinds[1]), tuple(kinds[2]), carried)
 
