@@ -7,7 +7,7 @@ For one parent and one domain: sub-models derived for each size (`secateur deriv
 `--subs`; the parent quantised by llama.cpp to each type, with an importance matrix from the same calibration text (the
 mean squares of the inputs of each weight, which is what llama-imatrix computes); and smaller dense models. Quality is
 bits per byte of the same held-out text, of the values as they are stored: llama.cpp's are unpacked and run by
-transformers, so that no rounding of activations is held against either side. Speed is one run of `secateur.benchmark`
+transformers, so that no rounding of activations is held against either side. Speed is one run of `secateur benchmark`
 in which all of them alternate. Writes OUT/NAME.json for each model, OUT/frontier.json and, where matplotlib is
 installed, OUT/frontier.svg, and prints the table. What is finished in OUT is used again; OUT/cache has converted files.
 """
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.checkpoint.format import MANIFEST, dump_json, read_json
 from secateur.config import make_recipe
+from secateur.evaluation.speed import benchmark
 from secateur.files import atomic_file, atomic_write_bytes
 from secateur.models.gguf_names import tensor_sources
 from secateur.models.source import load_tokenizer, resolve_model
@@ -144,9 +145,7 @@ def speeds(options, models):
     settings = {"models": [f"{path} {bytes_of(path)}" for path in (*folders, *files)], "rounds": options.rounds}
 
     def make():
-        report = secateur.benchmark(
-            folders[0], against, rounds=options.rounds, prompt_lengths=(512,), new_tokens=128, batch=1
-        )
+        report = benchmark(folders[0], against, rounds=options.rounds, prompt_lengths=(512,), new_tokens=128, batch=1)
         pairs = zip((*folders, *files), report.models, strict=True)
         found = {str(path): {key: speed.median(key) for key in speed.tokens_per_second} for path, speed in pairs}
         return {"speeds": found, "machine": report.machine, "threads": report.threads, "busy": report.busy}

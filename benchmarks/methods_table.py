@@ -47,7 +47,7 @@ def measured(options, model):
     return {domain: evaluation.cell(f"perplexity:{domain}", name).result.perplexity for domain in options.measured}
 
 
-def settled(options, name, settings, make):
+def measured_once(options, name, settings, make):
     """Return what `make` gives, from OUT where it was made with the same settings and options."""
     common = {key: getattr(options, key) for key in ("model", "limit", "measured")}
     return cached(options.output / f"{name}.json", {**settings, **common, "data": str(options.data)}, make)
@@ -66,7 +66,7 @@ def sub_model(options, variant, domain, sparsity, seed):
         print(f"{name}: {found['log']['seconds']} s, {found['perplexity']}", flush=True)
         return found
 
-    return settled(options, name, {"recipe": recipe.to_dict()}, make)
+    return measured_once(options, name, {"recipe": recipe.to_dict()}, make)
 
 
 def span(values, form):
@@ -112,7 +112,9 @@ def main():
     options.measured = sorted({*options.domains, "python", "java", "general"})
     folder = resolve_model(options.model)
     print(f"{folder.name}, {platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    parent = settled(options, "parent", {}, lambda: {"perplexity": measured(options, options.model)})["perplexity"]
+    parent = measured_once(options, "parent", {}, lambda: {"perplexity": measured(options, options.model)})[
+        "perplexity"
+    ]
     print("parent:", parent, flush=True)
     rows = [["for", "sparsity", "variant", "perplexity", "loss", "closed", *options.measured, "seconds"]]
     for sparsity in options.sparsity:

@@ -8,6 +8,7 @@ from secateur.errors import ConfigError
 from secateur.models.source import ModelFolder
 from secateur.pruning.base import Base
 from secateur.pruning.size import HIGHEST, PREFERRED, Footprint, fit
+from tests.pruning.test_base import tied_base
 from tests.pruning.tiny_derivation import derive_tiny
 from tests.tiny import save_tiny
 
@@ -59,6 +60,14 @@ def test_the_result_is_just_below_the_target(base, tmp_path, values):
     # One step less would be too much.
     less = recipe(values=values, sparsity=round(chosen["sparsity"] - 0.002, 4))
     assert Footprint.of(opened(base)).folder(less) > target
+
+
+@pytest.mark.parametrize(("head", "matrices"), [(1, 1), (2, 2)])
+def test_a_head_that_is_stored_beside_a_tied_embedding_counts(tmp_path, head, matrices):
+    base = opened(tied_base(tmp_path, head))
+    assert len(Footprint.of(base, base.stored_names()).whole) == matrices
+    foretold = [Footprint.of(base, names).outer(recipe()) for names in (base.stored_names(), None)]
+    assert foretold[0] == matrices * foretold[1]
 
 
 def test_values_are_chosen_with_the_sparsity(base):

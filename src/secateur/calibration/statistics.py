@@ -69,19 +69,18 @@ class _Sum:
             squares = part.to(torch.float32, copy=True).square_()
             self.total += squares.sum(0).to("cpu", torch.float64)
         if self.gram is not None:
-            parents = None if parents is None else parents.detach().reshape(inputs.shape)
-            self._add_products(rows, None if parents is None else parents.reshape(rows.shape))
+            self._add_products(inputs, parents, 1.0)
             if self.first_weight != 1 and inputs.dim() > 2:
-                firsts = inputs.detach()[:, 0].reshape(-1, rows.shape[1])
-                self._add_products(
-                    firsts, None if parents is None else parents[:, 0].reshape(firsts.shape), self.first_weight - 1
-                )
+                self._add_products(inputs[:, :1], None if parents is None else parents[:, :1], self.first_weight - 1)
         self.n_tokens += rows.shape[0]
 
-    def _add_products(self, rows: Tensor, parents: Tensor | None, times: float = 1.0) -> None:
+    def _add_products(self, inputs: Tensor, parents: Tensor | None, times: float) -> None:
         assert self.gram is not None  # noqa: S101 - the only caller has looked
-        if parents is not None and self.cross is None:
-            self.cross = torch.zeros_like(self.gram)
+        rows = inputs.detach().flatten(0, -2)
+        if parents is not None:
+            parents = parents.detach().flatten(0, -2)
+            if self.cross is None:
+                self.cross = torch.zeros_like(self.gram)
         # Products of bfloat16 numbers that lie in float32 are exact in bfloat16 units too.
         with product_precision("medium" if rows.dtype == torch.bfloat16 else "highest"):
             for begin in range(0, len(rows), _GRAM_ROWS):

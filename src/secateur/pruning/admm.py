@@ -34,7 +34,7 @@ def admm(weight: Tensor, statistics: InputStatistics | None, target: Target) -> 
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(raised))
         for _ in range(_STEPS):
             sparse, _ = _sparse(dense + dual, target)
-            # What is multiplied is small beside the weights, so that rounding it costs nothing that is seen.
+            # Only what parts the copies from the best weight is multiplied: rounding that leaves as small an error.
             with product_precision("medium"):
                 dense = torch.addmm(best, sparse - dual - best, inverse, alpha=penalty)
             dual += dense - sparse

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from secateur.checkpoint.format import DENSE_ENCODING
 from secateur.models.structure import Block, embedding_weights
 from secateur.pruning.recovery import sequences_together
 
@@ -17,7 +16,6 @@ INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
 GRAM_COPIES, WEIGHT_COPIES, FLOAT_BYTES = 10, 8, 4
 # Of recovery: weights and two moments in float32; what a block keeps for its gradients; logits, parent's and gradients.
 STATE_BYTES, KEPT_INTERMEDIATE, KEPT_HIDDEN, LOGITS_COPIES = 12, 6, 16, 4
-SCALE_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,8 @@ class Demand:
         Number of CPU threads, and so of weights that are pruned side by side.
     written
         Bytes of the finished folder.
+    outer
+        Bytes of embedding and head in it.
     rounded
         Whether embedding and head become integers.
     trimmed
@@ -62,6 +62,7 @@ class Demand:
     sparsity: float
     threads: int
     written: int
+    outer: int
     rounded: bool = False
     trimmed: bool = False
     gram: bool = False
@@ -140,7 +141,5 @@ class Demand:
         return int(FLOAT_BYTES * (self.streams * grams + solving))
 
     def _reordering(self) -> int:
-        """Return what rounding embedding and head takes; reordered rows are a second copy of what is written."""
-        if self.rounded:
-            return int(self._outer_matrices() * (1 + SCALE_BYTES / DENSE_ENCODING.group_size) * (1 + self.trimmed))
-        return self._outer_matrices() * self.itemsize if self.trimmed else 0
+        """Return what making embedding and head takes: integers are a copy, and reordered rows are another."""
+        return self.outer * (self.rounded + self.trimmed)

@@ -55,7 +55,7 @@ from secateur.pruning.methods import METHODS
 from secateur.pruning.pupil import open_pupil
 from secateur.pruning.recovery import Pupil, recover
 from secateur.pruning.size import Footprint
-from secateur.pruning.weight import is_unmasked, pack_weight
+from secateur.pruning.weight import encoding_of, is_unmasked, pack_weight
 from secateur.pruning.workspace import Workspace
 
 TOKENS_PER_BATCH = 2048  # in one forward pass over the calibration set
@@ -67,6 +67,7 @@ def forecast_job(  # noqa: PLR0917
 ) -> Forecast:
     """Forecast a derivation from headers alone; raises `ResourceError` when it cannot fit."""
     needs_data = METHODS.get(recipe.method).needs != "nothing"
+    footprint = Footprint.of(base)
     demand = Demand(
         base.model,
         base.blocks,
@@ -75,7 +76,8 @@ def forecast_job(  # noqa: PLR0917
         batch_tokens=_batch_size(recipe) * recipe.sequence_length,
         sparsity=recipe.sparsity,
         threads=threads,
-        written=Footprint.of(base).folder(recipe),
+        written=footprint.folder(recipe),
+        outer=footprint.outer(recipe),
         rounded=encoding_of(recipe).bits > 0,
         trimmed=recipe.trim_vocabulary,
         gram=METHODS.get(recipe.method).needs_gram,
@@ -88,11 +90,6 @@ def forecast_job(  # noqa: PLR0917
 def follows_parent(recipe: Recipe) -> bool:
     """Return whether the calibration set runs through the dense model too, beside the pruned one."""
     return recipe.propagate and recipe.correction > 0 and METHODS.get(recipe.method).needs == "cross_gram"
-
-
-def encoding_of(recipe: Recipe) -> Encoding:
-    """Return how kept weights are stored; for the base's own precision that is any of the known floats."""
-    return FLOATS if recipe.values == "base" else Encoding(recipe.values, recipe.group_size or 0)
 
 
 def _batch_size(recipe: Recipe) -> int:

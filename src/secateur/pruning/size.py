@@ -1,18 +1,20 @@
 """How large a sub-model will be, and the sparsity and values with which it is as large as was asked for."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from secateur.checkpoint.bitmask import ALIGNMENT, bitmask_width
 from secateur.checkpoint.dense import stored_width
-from secateur.checkpoint.format import DENSE_ENCODING, FLOATS, Encoding
+from secateur.checkpoint.format import DENSE_ENCODING, Encoding
 from secateur.checkpoint.quantise import n_groups
 from secateur.checkpoint.submodel import carried_files
 from secateur.config import DEFAULT_GROUP_SIZES, Recipe, Values
 from secateur.errors import ConfigError
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
+from secateur.pruning.weight import encoding_of, is_unmasked
 
 # Of each kind of values, up to which sparsity it is taken to be better than the next one: pruning then costs less than
 # the bits that the next one saves. An estimate from the losses at 50% in docs/results/methods.md, not a measurement.
@@ -42,32 +44,37 @@ class Footprint:
     carried: int
 
     @classmethod
-    def of(cls, base: Base) -> "Footprint":
-        """Read the headers of a base model; a tied head is taken to be stored once, as it is in nearly all files."""
+    def of(cls, base: Base, names: Iterable[str] | None = None) -> "Footprint":
+        """Read the headers of a base model; `names` are its tensors, as `Base.stored_names` finds out.
+
+        Without them no weight is read, and a tied head is taken to be stored once, as it is in nearly all files.
+        """
         pruned, whole = base.shapes(), embedding_weights(base.model)
         kinds: tuple[list[tuple[torch.Size, int]], ...] = ([], [], [])
         usual = base.dtype()
         with base.reader as reader:
-            for name, parameter in base.model.named_parameters():
+            for name in [name for name, _ in base.model.named_parameters()] if names is None else names:
                 kind = 0 if name in pruned else 1 if name in whole else 2
                 dtype = reader.mapped(name).dtype if name in reader else usual  # what is missing is found out later
-                kinds[kind].append((parameter.shape, dtype.itemsize))
+                kinds[kind].append((base.model.get_parameter(name).shape, dtype.itemsize))
         carried = sum(path.stat().st_size for path in carried_files(base.folder.path))
         return cls(tuple(kinds[0]), tuple(kinds[1]), tuple(kinds[2]), carried)
 
     def folder(self, recipe: Recipe) -> int:
         """Return the bytes of a finished sub-model; a little more rather than less, since small files are guessed."""
-        encoding = FLOATS if recipe.values == "base" else Encoding(recipe.values, recipe.group_size or 0)
+        encoding = encoding_of(recipe)
         total = sum(_pruned_bytes(shape, encoding, itemsize, recipe.sparsity) for shape, itemsize in self.pruned)
-        if encoding.bits:
-            total += sum(_whole_bytes(shape, DENSE_ENCODING) for shape, _ in self.whole)
-        else:
-            total += sum(shape.numel() * itemsize for shape, itemsize in self.whole)
-        total += sum(shape.numel() * itemsize for shape, itemsize in self.others)
+        total += self.outer(recipe) + sum(shape.numel() * itemsize for shape, itemsize in self.others)
         if recipe.trim_vocabulary:
             total += _TOKEN_BYTES * sum(shape[0] for shape, _ in self.whole)
         tensors = 4 * len(self.pruned) + 2 * len(self.whole) + len(self.others)
         return total + tensors * _TENSOR_BYTES + _OTHER_BYTES + self.carried
+
+    def outer(self, recipe: Recipe) -> int:
+        """Return the bytes of embedding and head."""
+        if recipe.values == "base":
+            return sum(shape.numel() * itemsize for shape, itemsize in self.whole)
+        return sum(_whole_bytes(shape, DENSE_ENCODING) for shape, _ in self.whole)
 
 
 def fit(base: Base, recipe: Recipe) -> Recipe:
@@ -81,7 +88,7 @@ def fit(base: Base, recipe: Recipe) -> Recipe:
     target = recipe.target_size
     if target is None:
         return recipe
-    footprint, fixed = Footprint.of(base), "values" in recipe.model_fields_set
+    footprint, fixed = Footprint.of(base, base.stored_names()), "values" in recipe.model_fields_set
     highest = {recipe.values: HIGHEST} if fixed else PREFERRED
     for values, limit in highest.items():
         group_size = recipe.group_size if fixed else DEFAULT_GROUP_SIZES.get(values)
@@ -115,7 +122,7 @@ def _lowest_sparsity(footprint: Footprint, recipe: Recipe, target: int, highest:
 
 def _pruned_bytes(shape: torch.Size, encoding: Encoding, itemsize: int, sparsity: float) -> int:
     rows, columns = shape
-    if encoding.bits and sparsity == 0:
+    if is_unmasked(encoding, sparsity):
         return _whole_bytes(shape, encoding)
     kept = columns - round(sparsity * columns)
     row = (kept * encoding.bits + 7) // 8 if encoding.bits else kept * itemsize

@@ -6,8 +6,9 @@ from torch import Tensor
 from secateur.calibration.statistics import InputStatistics
 from secateur.checkpoint.bitmask import PackedWeight, pack, pack_integers, unpack
 from secateur.checkpoint.dense import DenseWeight, pack_dense, unpack_dense
-from secateur.checkpoint.format import Encoding
+from secateur.checkpoint.format import FLOATS, Encoding
 from secateur.checkpoint.quantise import Quantised, quantise
+from secateur.config import Recipe
 from secateur.pruning.layer_problem import LayerProblem
 from secateur.pruning.masks import Target, zero_removed
 from secateur.pruning.method import Method, Pruned
@@ -34,6 +35,11 @@ def prune_weight(  # noqa: PLR0917
             pruned = method.function(weight, statistics, target)
         codes = _quantise(encoding, target, pruned, statistics, weight) if encoding.bits else None
         return pack_weight(encoding, name, pruned, codes, dtype, unmasked=is_unmasked(encoding, target.sparsity))
+
+
+def encoding_of(recipe: Recipe) -> Encoding:
+    """Return how kept weights are stored; for the base's own precision that is any of the known floats."""
+    return FLOATS if recipe.values == "base" else Encoding(recipe.values, recipe.group_size or 0)
 
 
 def is_unmasked(encoding: Encoding, sparsity: float) -> bool:
