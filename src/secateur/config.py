@@ -183,4 +183,5 @@ def _first_problem(error: ValidationError, file: Path | None) -> str:
 
 
 def _plain(message: str) -> str:
-    return message.removeprefix("Value error, ").lower().replace("tuple", "list")
+    plain = message.removeprefix("Value error, ").replace("tuple", "list")
+    return plain[:1].lower() + plain[1:]
