@@ -26,7 +26,7 @@ NOTES = """
 Perplexity says how surprised a model is by held-out text (files that no calibration used): lower is better, a ratio of
 1.2 is 20% worse than the parent. Half of the weights of the decoder's linear layers are removed; embeddings, head and
 norms stay whole, so more than half of all parameters remain.
-What this does not show: one small model (135M), one method (Wanda), one seed, and at most 8,000 tokens of each text;
+What this does not show: one small model (135M), one method, one seed, and at most 8,000 tokens of each text;
 and perplexity is not the share of programs that work. The parent counts in bf16, in which it is computed; the 4-bit
 file that it was published as is smaller than either column."""
 

@@ -1,7 +1,8 @@
 import pytest
+import yaml
 from pydantic import ValidationError
 
-from secateur.config import Recipe, make_recipe
+from secateur.config import make_recipe
 from secateur.errors import ConfigError
 
 
@@ -40,8 +41,6 @@ def test_domains_in_three_forms(given, domains):
 
 
 def test_saved_and_read_again_it_is_the_same(recipe_file):
-    import yaml
-
     recipe = make_recipe({"for": ["python", "java=2"], "sparsity": 0.55, "granularity": "per_layer", "seed": 9})
     assert make_recipe({}, recipe_file(yaml.safe_dump(recipe.to_dict()))) == recipe
     assert "for" in recipe.to_dict()
@@ -141,21 +140,22 @@ def test_files_that_cannot_be_read(tmp_path):
         make_recipe({}, tmp_path / "binary.yaml")
 
 
-def test_defaults_are_those_of_the_paper():
-    recipe = Recipe(domains=("python",))
-    assert (recipe.method, recipe.granularity, recipe.sparsity) == ("wanda", "per_output", 0.5)
+def test_defaults_are_those_of_the_balanced_preset():
+    recipe = make_recipe({"for": "python"})
+    assert (recipe.method, recipe.granularity, recipe.sparsity) == ("admm", "per_output", 0.5)
 
 
 def test_a_preset_stands_for_options_that_others_win_over(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("for: python\npreset: best\nmethod: sparsegpt\n")
     assert make_recipe({"for": "python", "preset": "best"}).method == "admm"
-    assert make_recipe({"for": "python", "preset": "fast"}) == make_recipe({"for": "python"})
+    assert make_recipe({"for": "python", "preset": "fast"}) == make_recipe({"for": "python", "method": "wanda"})
+    assert make_recipe({"for": "python", "preset": "balanced"}) == make_recipe({"for": "python"})
     assert make_recipe({"for": "python", "preset": "balanced"}).correction == 0
     assert make_recipe({"for": "python", "preset": "balanced", "correction": 0.25}).correction == 0.25
     assert make_recipe({}, file).method == "sparsegpt"
     balanced = make_recipe({"preset": "balanced"}, file)
-    assert (balanced.method, balanced.correction) == ("sparsegpt", 0)
+    assert (balanced.method, balanced.correction) == ("admm", 0)
     assert "preset" not in balanced.to_dict()
     with pytest.raises(ConfigError, match="unknown preset 'finest': known are fast, balanced, best"):
         make_recipe({"for": "python", "preset": "finest"})

@@ -56,9 +56,12 @@ def derive(
         str | None, typer.Option(help="Size of the result, such as 300MB, in place of a sparsity.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="fast, balanced or best: how much time to spend on quality.", show_default="fast")
+        str | None,
+        typer.Option(help="fast, balanced or best: how much time to spend on quality.", show_default="balanced"),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="See `secateur list methods`.", show_default="wanda")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="See `secateur list methods`.", show_default="the preset's")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="See `secateur list budgets`.", show_default="uniform")] = None,
     granularity: Annotated[str | None, typer.Option(help="per_output or per_layer.", show_default="per_output")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,

@@ -27,6 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"method": "admm", "correction": 0.0},
     "best": {"method": "admm", "correction": DEFAULT_CORRECTION},
 }
+DEFAULT_PRESET = "balanced"  # where neither a preset nor a method is named
 _ONE_OF_TWO = frozenset({"sparsity", "target_size"})
 UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
 DEFAULT_GROUP_SIZES: dict[str, GroupSize] = {"int8": 128, "int4": 64}
@@ -77,7 +78,7 @@ class Recipe(BaseModel):
     domains: Annotated[tuple[str, ...], Field(alias="for", min_length=1)]
     sparsity: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.5
     target_size: Annotated[int | None, Field(ge=1)] = None
-    method: str = "wanda"
+    method: str
     budget: str = "uniform"
     granularity: Granularity = "per_output"
     samples: Annotated[int, Field(ge=1)] = 128
@@ -126,9 +127,10 @@ class Recipe(BaseModel):
 
 
 def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
-    """Build a recipe; an option (not None) wins over the file, that over the preset, that over the default.
+    """Build a recipe; an option (not None) wins over the file, that over the default.
 
-    `preset` is an option like any other, but the recipe holds what it stands for.
+    `preset` is an option like any other, whose own options those that are given beside it win over; the recipe holds
+    what it stands for. Where neither options nor file name a preset or a method, it is `balanced`.
 
     Raises
     ------
@@ -142,16 +144,24 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
             raise ConfigError("sparsity and target_size decide the same thing: give one of them")
     if _ONE_OF_TWO & given.keys():
         merged = {key: value for key, value in merged.items() if key not in _ONE_OF_TWO}
-    merged |= given
-    preset = merged.pop("preset", None)
-    if preset is not None:
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise ConfigError(f"unknown preset {preset!r}: known are {', '.join(PRESETS)}")
-        merged = PRESETS[preset] | merged
+    merged = {**_preset(merged), **merged, **_preset(given), **given}
+    merged.pop("preset", None)
+    if "method" not in merged:
+        merged = PRESETS[DEFAULT_PRESET] | merged
     try:
         return Recipe(**merged)
     except ValidationError as error:
         raise ConfigError(_first_problem(error, file)) from None
+
+
+def _preset(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the preset among some options stands for; nothing if there is none."""
+    name = options.get("preset")
+    if name is None:
+        return {}
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}: known are {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def read_recipe_file(file: Path) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def test_integers_from_end_to_end(inputs, work, capsys, values):
     outcome = run(["evaluate", "out", inputs / "child", "--task", task, "--limit", "300", "--json"], capsys)
     assert outcome.code == 0
     perplexity = [cell["result"]["perplexity"] for cell in json.loads(outcome.out)["cells"]]
-    assert perplexity[0] == pytest.approx(perplexity[1], rel=0.02 if values == "int8" else 0.3)
+    assert perplexity[0] == pytest.approx(perplexity[1], rel=0.1 if values == "int8" else 0.3)
     assert run(["generate", "out", "-p", "def f", "--max-new-tokens", "3"], capsys).code == 0
     assert run(["export", "out", "-o", "dense"], capsys).code == 0
     assert run(["generate", "dense", "-p", "def f", "--max-new-tokens", "3"], capsys).code == 0
@@ -193,7 +193,7 @@ def test_integers_from_end_to_end(inputs, work, capsys, values):
 def test_inspect(inputs, work, capsys):
     outcome = run(["inspect", inputs / "child"], capsys)
     assert (outcome.code, outcome.err) == (0, "")
-    for text in (f"sub-model of   {inputs / 'base'}", "sparsity 0.5000", "wanda, per_output", "4 x 64 tokens", "total"):
+    for text in (f"sub-model of   {inputs / 'base'}", "sparsity 0.5000", "admm, per_output", "4 x 64 tokens", "total"):
         assert text in outcome.out
     assert "hashes not compared" in outcome.out
     assert outcome.out.count(" 0.5000\n") == 21, "a line for each of 7 weights in 3 blocks"
@@ -255,10 +255,10 @@ def test_an_exported_folder_opens_without_secateur(inputs, work, capsys):
     base = load_file(inputs / "base" / "model.safetensors")
     assert dense.keys() == base.keys()
     for name, weight in base.items():
-        kept = dense[name] != 0
-        assert torch.equal(dense[name][kept], weight[kept])
         if "proj" in name:
-            assert kept.float().mean().item() == pytest.approx(0.5)
+            assert (dense[name] != 0).float().mean().item() == pytest.approx(0.5)
+        else:
+            assert torch.equal(dense[name], weight)
     shutil.rmtree(work / "dense")
 
 

@@ -102,7 +102,7 @@ def forecast_of(base, tmp_path):
     from secateur.pruning.base import Base
     from secateur.pruning.job import forecast_job
 
-    recipe = make_recipe({"for": "python", "sequence_length": 48})
+    recipe = make_recipe({"for": "python", "method": "wanda", "sequence_length": 48})
     found = forecast_job(Base.open(ModelFolder(base, "tiny")), recipe, 5 * 48, None, 1, tmp_path / "out.partial")
     return found.working_memory, found.activations
 

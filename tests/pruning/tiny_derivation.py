@@ -25,7 +25,7 @@ def calibration(samples: int = 5, sequence_length: int = 48, seed: int = 0) -> C
 
 
 def derive_tiny(base: Path, output: Path, **options: object) -> SubModel:
-    options = {"calibration": calibration(), "threads": 1, **options}
+    options = {"calibration": calibration(), "threads": 1, "method": "wanda", **options}
     return derive(ModelFolder(base, "tiny"), output=output, **options)
 
 

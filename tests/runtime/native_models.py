@@ -51,7 +51,9 @@ def native(folder: Path, threads: int = 2):
 
 
 def sub_model(base: Path, text: Path, output: Path, **options) -> Path:
-    recipe = make_recipe({"model": str(base), "for": str(text), "samples": 4, "sequence_length": 32, **options})
+    recipe = make_recipe(
+        {"model": str(base), "for": str(text), "samples": 4, "sequence_length": 32, "method": "wanda", **options}
+    )
     derive_recipe(recipe, output=output)
     return output
 

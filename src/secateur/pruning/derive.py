@@ -14,7 +14,7 @@ from secateur.calibration.mixture import domain_items, parse_mixture
 from secateur.calibration.packing import CalibrationSet, build_calibration_set
 from secateur.calibration.shortlist import TokenChoice, choose_tokens
 from secateur.checkpoint.format import MANIFEST, read_json
-from secateur.config import DEFAULT_CORRECTION, DEFAULT_FIRST_TOKEN_WEIGHT, Recipe, make_recipe
+from secateur.config import Recipe, make_recipe
 from secateur.errors import ConfigError, CorpusError, ModelError
 from secateur.files import check_writable, sha256_file
 from secateur.models.device import checked_device, limited_threads
@@ -79,7 +79,8 @@ def derive(
     output: str | Path,
     sparsity: float | None = None,
     target_size: int | str | None = None,
-    method: str = "wanda",
+    preset: str | None = None,
+    method: str | None = None,
     budget: str = "uniform",
     granularity: str = "per_output",
     propagate: bool = True,
@@ -87,8 +88,8 @@ def derive(
     group_size: int | None = None,
     trim_vocabulary: bool = False,
     recovery: CalibrationSet | None = None,
-    correction: float = DEFAULT_CORRECTION,
-    first_token_weight: float = DEFAULT_FIRST_TOKEN_WEIGHT,
+    correction: float | None = None,
+    first_token_weight: float | None = None,
     data: str | Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -106,6 +107,8 @@ def derive(
         Token ids [samples, sequence_length] of the base model's tokenizer, and where they come from.
     output
         The folder to write; it must not exist.
+    preset
+        A name in `secateur.config.PRESETS`; `balanced` without it and without a method.
     sparsity, target_size, method, budget, granularity, propagate, values, group_size, trim_vocabulary, correction,
     first_token_weight
         See `secateur.config.Recipe`.
@@ -140,6 +143,7 @@ def derive(
             "for": domain_items(calibration.mixture),
             "sparsity": sparsity,
             "target_size": target_size,
+            "preset": preset,
             "method": method,
             "budget": budget,
             "granularity": granularity,
