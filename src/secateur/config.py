@@ -25,7 +25,7 @@ DEFAULT_FIRST_TOKEN_WEIGHT = 100.0
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda"},
     "balanced": {"method": "admm", "correction": 0.0},
-    "best": {"method": "admm", "correction": DEFAULT_CORRECTION},
+    "best": {"method": "admm", "correction": DEFAULT_CORRECTION, "budget": "measured"},
 }
 DEFAULT_PRESET = "balanced"  # where neither a preset nor a method is named
 _ONE_OF_TWO = frozenset({"sparsity", "target_size"})

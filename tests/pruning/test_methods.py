@@ -5,7 +5,6 @@ import torch
 
 from secateur.calibration.statistics import InputStatistics
 from secateur.errors import UnknownNameError
-from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
 from tests.pruning.tiny_derivation import calibration, derive_tiny, masks_and_weights
@@ -70,7 +69,3 @@ def test_magnitude_looks_at_no_data(tmp_path):
 def test_a_wrong_name_is_answered_with_the_nearest():
     with pytest.raises(UnknownNameError, match="unknown method 'wandaa': did you mean 'wanda'"):
         METHODS.get("wandaa")
-
-
-def test_uniform_gives_all_the_same():
-    assert BUDGETS.get("uniform").function({"a": 3, "b": 5}, 0.3) == {"a": 0.3, "b": 0.3}

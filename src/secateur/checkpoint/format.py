@@ -27,9 +27,10 @@ PARENT_ACTIVATIONS = "activations-parent.bin"
 PRUNED = "pruned"
 PRUNED_WHOLE = f"{PRUNED}/whole"  # an empty file, there once all shards are
 RECOVERY = "recovery.state"
+BUDGET = "budget.json"  # of a derivation whose budget is measured: what was found
 LOCK = "derivation.lock"
 # The manifest cannot hold its own hash; the others tell how the work went, or exist only while it goes on.
-NOT_HASHED = (MANIFEST, LOG, STATE, ACTIVATIONS, PARENT_ACTIVATIONS, PRUNED, RECOVERY, LOCK)
+NOT_HASHED = (MANIFEST, LOG, STATE, ACTIVATIONS, PARENT_ACTIVATIONS, PRUNED, RECOVERY, BUDGET, LOCK)
 
 FLOAT_VALUES = ("bf16", "fp16", "fp32")
 INTEGER_BITS = {"int8": 8, "int4": 4}

@@ -5,7 +5,8 @@ real block is later called with its own recorded arguments (masks, rotary embedd
 nothing is rebuilt by hand.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,22 @@ def record_inputs(  # noqa: PLR0917
         for name, module in originals.items():
             model.set_submodule(name, module)
     return inputs
+
+
+@contextmanager
+def starting_at(model: PreTrainedModel, blocks: tuple[Block, ...], index: int, hidden_states: Tensor) -> Iterator[None]:
+    """While it is open the model's forward pass begins with block `index`, on [batch, sequence_length, hidden_size]."""
+    skipped = {block.name: model.get_submodule(block.name) for block in blocks[:index]}
+    first = model.get_submodule(blocks[index].name)
+    handle = first.register_forward_pre_hook(lambda _, arguments: (hidden_states, *arguments[1:]))
+    for name, module in skipped.items():
+        model.set_submodule(name, _Hollow(module, lambda *_: None))
+    try:
+        yield
+    finally:
+        for name, module in skipped.items():
+            model.set_submodule(name, module)
+        handle.remove()
 
 
 def run_block(block: nn.Module, hidden_states: Tensor, call: Call) -> Tensor:

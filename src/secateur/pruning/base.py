@@ -1,15 +1,17 @@
 """A base model that is ready to be pruned: its skeleton, blocks and tensors, and what they are called."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.checkpoint.format import read_json
 from secateur.errors import ModelError
 from secateur.models.source import ModelFolder
 from secateur.models.structure import Block, find_blocks
-from secateur.models.weights import WeightReader, load_skeleton
+from secateur.models.weights import WeightReader, load_skeleton, set_parameters
 
 TOKEN_FILES = ("config.json", "generation_config.json")
 
@@ -51,6 +53,21 @@ class Base:
         """The precision that blocks are run in: that of the first prunable weight."""
         with self.reader as reader:
             return reader.mapped(next(iter(self.shapes()))).dtype
+
+    def computing_dtype(self) -> torch.dtype:
+        """The precision that the whole model is run in: as blocks, but for float16, whose range is too short for it."""
+        dtype = self.dtype()
+        return torch.bfloat16 if dtype == torch.float16 else dtype
+
+    def loaded(self, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+        """Return the model with these weights, by the names of `stored_names`; tied ones are shared."""
+        model = load_skeleton(self.folder)
+        set_parameters(model, dict(tensors))
+        for name, source in dict(model.all_tied_weights_keys).items():
+            if name not in tensors:
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+        return model
 
     def stored_names(self) -> list[str]:
         """Return the names of the parameters that have a tensor of their own, in the order of the model.

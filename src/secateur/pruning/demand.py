@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from secateur.models.structure import Block, embedding_weights
+from secateur.pruning.divergence import POSITIONS, TOKENS
 from secateur.pruning.recovery import sequences_together
 
 # Activations inside one block, in multiples of one batch of [tokens, intermediate_size] and [tokens, hidden_size].
 INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
 # Of a layer's problem, in multiples of its Gram matrix and of its weight in float32; the factors are in float64.
 GRAM_COPIES, WEIGHT_COPIES, FLOAT_BYTES = 10, 8, 4
+# Of logits, in multiples of those that are compared: the parent's, the pruned model's, and what is in float32.
+MEASURED_LOGITS = 3
 # Of recovery: weights and two moments in float32; what a block keeps for its gradients; logits, parent's and gradients.
 STATE_BYTES, KEPT_INTERMEDIATE, KEPT_HIDDEN, LOGITS_COPIES = 12, 6, 16, 4
 
@@ -52,6 +55,8 @@ class Demand:
         2 when the calibration set runs through the dense model too.
     recovering
         Length of the sequences that the pruned model learns from; 0 when it does not.
+    measuring
+        Whether the budget asks for the divergence of the whole model.
     """
 
     model: PreTrainedModel
@@ -68,6 +73,7 @@ class Demand:
     gram: bool = False
     streams: int = 1
     recovering: int = 0
+    measuring: bool = False
 
     def activations(self) -> int:
         """Return the bytes of the inputs of one block for the whole calibration set."""
@@ -100,6 +106,17 @@ class Demand:
             for_gradients += tokens * self.recovering * config.num_attention_heads * (self.itemsize + FLOAT_BYTES)
         logits = LOGITS_COPIES * tokens * config.vocab_size * self.itemsize
         return int(models + (STATE_BYTES + FLOAT_BYTES) * learning + len(self.blocks) * for_gradients + logits)
+
+    def budget(self) -> int:
+        """Return what the whole model takes while the divergence of its parts is measured; 0 where it is not."""
+        if not self.measuring:
+            return 0
+        hidden, intermediate = self._widths()
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        one_pass = TOKENS * (INTERMEDIATE_COPIES * intermediate + HIDDEN_COPIES * hidden)
+        logits = MEASURED_LOGITS * POSITIONS * vocabulary
+        # Pruning a part takes what it does later, in float32.
+        return int(self.itemsize * (self._all() + one_pass + logits) + 4 * FLOAT_BYTES * max(self._prunable()))
 
     def disk(self) -> int:
         """Return what the folder that is worked in takes on disk, without mapped activations."""

@@ -27,6 +27,8 @@ class Forecast:
         The inputs of the current block for the whole calibration set.
     working_memory
         Everything else that is in memory at once: one block's weights, scores and packed values, and one batch.
+    budget
+        What the whole model takes while a budget is measured, before all of that; 0 if none is.
     recovery
         What the pruned model, its parent and the optimiser take while it learns, after all of that; 0 if it does not.
     disk
@@ -39,6 +41,7 @@ class Forecast:
 
     activations: int
     working_memory: int
+    budget: int
     recovery: int
     disk: int
     available_memory: int
@@ -48,7 +51,8 @@ class Forecast:
     def describe(self) -> str:
         """Return the forecast in one line."""
         where = "in a mapped file" if self.map_activations else "in memory"
-        needed = max(self.working_memory + (0 if self.map_activations else self.activations), self.recovery)
+        pruning = self.working_memory + (0 if self.map_activations else self.activations)
+        needed = max(pruning, self.budget, self.recovery)
         return (
             f"needs about {_size(needed)} of {_size(self.available_memory)} free memory "
             f"(activations {_size(self.activations)}, {where}) "
@@ -72,11 +76,16 @@ def make_forecast(demand: Demand, output: Path) -> Forecast:
     ResourceError
         When memory or disk cannot hold what is needed even with mapped activations.
     """
-    activations, working, recovery = demand.activations(), demand.pruning(), demand.recovery()
+    activations, working, budget, recovery = demand.activations(), demand.pruning(), demand.budget(), demand.recovery()
     memory, free_disk = available_memory(), shutil.disk_usage(_existing_parent(output)).free
     map_activations = activations + working > MEMORY_SHARE * memory
     written = [*output.glob("*.safetensors"), *(output / PRUNED).glob("*.safetensors"), *output.glob(RECOVERY)]
     disk = demand.disk() + map_activations * activations - sum(path.stat().st_size for path in written)
+    if budget > MEMORY_SHARE * memory:
+        raise ResourceError(
+            f"measuring a budget holds the whole model, about {_size(budget)} of memory, and {_size(memory)} are free: "
+            "use --budget uniform, or a larger machine"
+        )
     if recovery > MEMORY_SHARE * memory:
         raise ResourceError(
             f"recovery holds the whole model, its parent and their optimiser, about {_size(recovery)} of memory, and "
@@ -93,7 +102,7 @@ def make_forecast(demand: Demand, output: Path) -> Forecast:
             f"the derivation may need {_size(disk)} of disk and {_size(free_disk)} are free at "
             f"{str(output.parent)!r}: make room or name another output{fewer}"
         )
-    return Forecast(activations, working, recovery, disk, memory, free_disk, map_activations)
+    return Forecast(activations, working, budget, recovery, disk, memory, free_disk, map_activations)
 
 
 def _existing_parent(path: Path) -> Path:

@@ -4,9 +4,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from secateur.models.replay import record_inputs
 from secateur.models.structure import Block, embedding_weights
 from secateur.models.weights import drop_parameters, set_parameters
 from secateur.pruning.activations import Activations
+from secateur.pruning.allotment import allot
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.demand import Demand
@@ -83,6 +84,7 @@ def forecast_job(  # noqa: PLR0917
         gram=METHODS.get(recipe.method).needs_gram,
         streams=2 if follows_parent(recipe) else 1,
         recovering=0 if recovery is None else recovery.sequence_length,
+        measuring=BUDGETS.get(recipe.budget).needs == "divergence",
     )
     return make_forecast(demand, workspace)
 
@@ -119,6 +121,8 @@ class Job:
         Where blocks run.
     plan
         Everything that decides the bytes of the result, as plain JSON.
+    sparsity
+        Target sparsity of each prunable weight by name; empty until `run` has found it.
     """
 
     base: Base
@@ -130,6 +134,7 @@ class Job:
     device: torch.device
     workspace: Workspace
     plan: dict[str, Any]
+    sparsity: Mapping[str, float] = field(default_factory=dict)
 
     def run(self, progress: Progress) -> dict[str, Any]:
         """Do the work, publish the folder and return the log."""
@@ -137,14 +142,22 @@ class Job:
         memory_before = psutil.Process().memory_info().rss
         self._check_weights(progress)
         timings["check"] = time.perf_counter() - started
-        self._prune(progress, timings)
+        with _seconds(timings, "budget"):
+            ready = replace(self, sparsity=self._allotted(progress))
+        ready._prune(progress, timings)
         with _seconds(timings, "finish"):
-            manifest = self._finish()
+            manifest = ready._finish()
         log = self._log(time.perf_counter() - started, timings, memory_before)
         atomic_write_bytes(self.workspace.folder / LOG, dump_json(log))
         atomic_write_bytes(self.workspace.folder / MANIFEST, dump_json(manifest))
         self.workspace.publish()
         return log
+
+    def _allotted(self, progress: Progress) -> dict[str, float]:
+        folder = self.workspace.folder
+        return allot(
+            self.base, self.recipe, self.calibration, folder, self.device, lambda done, n: progress("budget", done, n)
+        )
 
     def _prune(self, progress: Progress, timings: dict[str, float]) -> None:
         """Write the shards of all blocks; with recovery, first those that it begins with."""
@@ -196,7 +209,7 @@ class Job:
                     continue
                 pruned = Pruned(weight, pupil.masks[name].cpu())
                 codes = pupil.grids[name].quantised(parameter) if name in pupil.grids else None
-                whole = is_unmasked(encoding, self._sparsity()[name])
+                whole = is_unmasked(encoding, self.sparsity[name])
                 packed[name], _ = pack_weight(encoding, name, pruned, codes, weight.dtype, unmasked=whole)
         write_block_shard(path, packed, others)
 
@@ -207,7 +220,7 @@ class Job:
             self.base.blocks,
             self.base.reader,
             self.recipe,
-            self._sparsity(),
+            self.sparsity,
             encoding,
             lambda block: self._shard(folder, block),
             self._embed(timings) if needs_data else None,
@@ -216,11 +229,6 @@ class Job:
 
     def _shard(self, folder: Path, block: Block) -> Path:
         return folder / shard_name(block.index + 1, len(self.base.blocks) + 1)
-
-    def _sparsity(self) -> dict[str, float]:
-        """Return the target sparsity of each prunable weight by name."""
-        sizes = {name: out * width for name, (out, width) in self.base.shapes().items()}
-        return BUDGETS.get(self.recipe.budget).function(sizes, self.recipe.sparsity)
 
     def _check_weights(self, progress: Progress) -> None:
         """Raise `ModelError` for a weight that is missing, misshapen or not finite before hours of work, not after."""
@@ -307,7 +315,7 @@ class Job:
                 dense_encoding = Encoding(VALUE_NAMES[reader.mapped(head.weight).dtype])
             return Stored(pruned, StoredWeights(dense_encoding, self._outer_shapes((head.weight,))), shortlist=head)
         dense = StoredWeights(DENSE_ENCODING, self._outer_shapes(embedding_weights(self.base.model)))
-        unmasked = frozenset(name for name, target in self._sparsity().items() if is_unmasked(encoding, target))
+        unmasked = frozenset(name for name, target in self.sparsity.items() if is_unmasked(encoding, target))
         return Stored(StoredWeights(encoding, shapes), dense, unmasked, head)
 
     def _outer_shapes(self, wanted: tuple[str, ...]) -> dict[str, tuple[int, int]]:

@@ -1,17 +1,15 @@
 """What recovery works on: a pruned model and its parent, whole in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from secateur.checkpoint.format import DENSE_ENCODING, Encoding, Stored
 from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.checkpoint.shards import open_shard
 from secateur.models.structure import embedding_weights
-from secateur.models.weights import load_skeleton, set_parameters
 from secateur.pruning.base import Base
 from secateur.pruning.recovery import Grid, Pupil
 
@@ -22,7 +20,7 @@ def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, encoding: Enc
     Both run in the precision of the base's blocks; float16, whose gradients would vanish, as bfloat16. Where values are
     to be integers, embedding and head of the pruned model are rounded as they will be.
     """
-    dtype = torch.bfloat16 if base.dtype() == torch.float16 else base.dtype()
+    dtype = base.computing_dtype()
     with base.reader as reader:
         tensors = {name: reader.read(name).to(device, dtype) for name in base.stored_names()}
     blocks: dict[str, Tensor] = {}
@@ -42,19 +40,9 @@ def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, encoding: Enc
     outside = {name: tensors[name] for name in base.outer_names()}
     if encoding.bits:  # embedding and head will be integers too
         outside |= {name: _rounded(outside[name]) for name in embedding_weights(base.model) if name in outside}
-    model = _model(base, outside | {name: one.to(dtype, copy=True) for name, one in blocks.items()})
+    model = base.loaded(outside | {name: one.to(dtype, copy=True) for name, one in blocks.items()})
     weights = {name: nn.Parameter(one.float()) for name, one in blocks.items()}
-    return Pupil(model, _model(base, tensors), weights, masks, grids)
-
-
-def _model(base: Base, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    model = load_skeleton(base.folder)
-    set_parameters(model, dict(tensors))
-    for name, source in dict(model.all_tied_weights_keys).items():
-        if name not in tensors:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
-    return model
+    return Pupil(model, base.loaded(tensors), weights, masks, grids)
 
 
 def _rounded(weight: Tensor) -> Tensor:

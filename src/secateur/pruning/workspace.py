@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from secateur.checkpoint.format import (
     ACTIVATIONS,
+    BUDGET,
     LOCK,
     MANIFEST,
     PARENT_ACTIVATIONS,
@@ -88,7 +89,7 @@ class Workspace:
     def clean(self) -> None:
         """Remove what an interrupted run left behind beside its state and finished shards."""
         for path in self.folder.iterdir():
-            if path.name in (STATE, LOCK, PRUNED, RECOVERY):
+            if path.name in (STATE, LOCK, PRUNED, RECOVERY, BUDGET):
                 continue
             if path.is_dir():
                 shutil.rmtree(path)
@@ -102,7 +103,7 @@ class Workspace:
                 f"output {str(self.output)!r} appeared while it was derived; the result is in {str(self.folder)!r}"
             )
         shutil.rmtree(self.folder / PRUNED, ignore_errors=True)
-        for name in (ACTIVATIONS, PARENT_ACTIVATIONS, RECOVERY, LOCK):
+        for name in (ACTIVATIONS, PARENT_ACTIVATIONS, RECOVERY, BUDGET, LOCK):
             (self.folder / name).unlink(missing_ok=True)
         self.folder.rename(self.output)
         # Last: without its state a folder that a kill kept from being renamed could not be resumed.

@@ -1,0 +1,151 @@
+"""What a model loses when one part of it is pruned: what budgets go by that are measured.
+
+The parts are what a block consists of, such as its attention and its MLP. Each is pruned alone, with Wanda, which is
+quick and orders the parts as better methods do (docs/results/methods.md); then the whole model runs over a little of
+the calibration text, and its next-token probabilities are held against those of the parent.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.calibration.statistics import InputStatistics
+from secateur.errors import ModelError
+from secateur.models.replay import record_inputs, run_block, starting_at
+from secateur.models.structure import Block
+from secateur.pruning.budgets import Divergence
+from secateur.pruning.masks import Target, zero_removed
+from secateur.pruning.methods import METHODS
+
+TOKENS = 2048  # that run through the model for each part
+POSITIONS = 512  # of them, at which probabilities are compared
+_ROWS = 64  # positions whose probabilities are in float32 at a time
+
+
+def measure_divergence(  # noqa: PLR0917
+    model: PreTrainedModel,
+    blocks: tuple[Block, ...],
+    token_ids: Tensor,
+    target: Target,
+    first_token_weight: float,
+    progress: Callable[[int, int], None],
+) -> Divergence:
+    """Prune each part of a model alone and return the divergence of the model from what it was.
+
+    Parameters
+    ----------
+    model
+        With all its weights, which it has again at the end.
+    blocks
+        Its decoder blocks.
+    token_ids
+        int64 [samples, sequence_length]: calibration text, of which the first `TOKENS` are taken.
+    target
+        How much each part loses.
+    first_token_weight
+        As how many tokens the first one of each sequence counts in the norms of inputs.
+    progress
+        Called with the blocks that are done, and their number.
+
+    Returns
+    -------
+    Divergence
+        Mean of KL(parent || pruned) over `POSITIONS` positions, in nats, by the names of the weights of each part.
+
+    Raises
+    ------
+    ModelError
+        When the probabilities are no numbers.
+    """
+    token_ids = token_ids[: max(1, TOKENS // token_ids.shape[1]), :TOKENS].to(model.device)
+    received: list[Tensor] = []
+    with torch.inference_mode():
+        calls = record_inputs(
+            model, blocks, token_ids, len(token_ids), lambda _, hidden: received.append(hidden), model.device
+        )
+        hidden, parent, found = received[0], _logits(model, token_ids), dict[tuple[str, ...], float]()
+        for block in blocks:
+            progress(block.index, len(blocks))
+            module = model.get_submodule(block.name)
+            with _summing(module, block.prunable, first_token_weight) as sums:
+                following = run_block(module, hidden, calls.get(block.index, 0))
+            with starting_at(model, blocks, block.index, hidden):
+                for linears in parts(block):
+                    with _pruned(module, {linear: sums[linear] for linear in linears}, target):
+                        lost = _mean_divergence(parent, _logits(model, token_ids))
+                    if not lost < float("inf"):
+                        raise ModelError(f"{block.name} gives probabilities that are no numbers when it is pruned")
+                    found[tuple(map(block.weight_name, linears))] = max(0.0, lost)
+            hidden = following
+        progress(len(blocks), len(blocks))
+    return found
+
+
+def parts(block: Block) -> list[tuple[str, ...]]:
+    """Return the linears of a block by the module of the block that they belong to, such as its attention."""
+    grouped: dict[str, list[str]] = {}
+    for linear in block.prunable:
+        grouped.setdefault(linear.partition(".")[0] if "." in linear else "", []).append(linear)
+    return [tuple(linears) for linears in grouped.values()]
+
+
+def _logits(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
+    """Return [positions, vocabulary], of positions that lie evenly."""
+    step = max(1, token_ids.numel() // POSITIONS)
+    positions = torch.arange(step - 1, token_ids.shape[1], step, device=token_ids.device)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits: Tensor = model(input_ids=token_ids, use_cache=False, logits_to_keep=positions).logits
+    else:
+        logits = model(input_ids=token_ids, use_cache=False).logits[:, positions]
+    return logits.flatten(0, 1)
+
+
+def _mean_divergence(parent: Tensor, ours: Tensor) -> float:
+    """Return the mean of KL(parent || ours) over rows of logits [positions, vocabulary], in nats."""
+    total = 0.0
+    for theirs, rows in zip(torch.split(parent, _ROWS), torch.split(ours, _ROWS), strict=True):
+        wanted, found = theirs.float().log_softmax(-1), rows.float().log_softmax(-1)
+        total += (wanted.exp() * (wanted - found)).sum().item()
+    return total / len(parent)
+
+
+@contextmanager
+def _summing(block: nn.Module, linears: tuple[str, ...], first_weight: float) -> Iterator[dict[str, InputStatistics]]:
+    """While it is open a pass through the block fills in the sums of squares of what each linear receives."""
+    sums: dict[str, InputStatistics] = {}
+
+    def watch(linear: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            squares = arguments[0].float().square()
+            total = squares.flatten(0, -2).sum(0)
+            if squares.dim() > 2:
+                total += (first_weight - 1) * squares[:, 0].sum(0)
+            sums[linear] = InputStatistics(total, squares.shape[:-1].numel())
+
+        return add
+
+    handles = [block.get_submodule(linear).register_forward_pre_hook(watch(linear)) for linear in linears]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _pruned(block: nn.Module, statistics: Mapping[str, InputStatistics], target: Target) -> Iterator[None]:
+    """While it is open some weights of the block are pruned with Wanda."""
+    weights = {linear: block.get_parameter(f"{linear}.weight") for linear in statistics}
+    originals = {linear: weight.data for linear, weight in weights.items()}
+    for linear, weight in weights.items():
+        pruned = METHODS.get("wanda").function(weight.data, statistics[linear], target)
+        weight.data = zero_removed(pruned.weight, pruned.mask)
+    try:
+        yield
+    finally:
+        for linear, weight in weights.items():
+            weight.data = originals[linear]

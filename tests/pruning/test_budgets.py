@@ -1,0 +1,209 @@
+"""Budgets: the formula against plain arithmetic, what it goes by against whole models, and derivations with it."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur.checkpoint.format import BUDGET
+from secateur.errors import ConfigError, ModelError, ResourceError
+from secateur.models.structure import Block, find_blocks
+from secateur.pruning.budgets import BUDGETS, GROWTH, REACH
+from secateur.pruning.divergence import measure_divergence, parts
+from secateur.pruning.masks import Target
+from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights
+from tests.tiny import FAMILIES, OTHER_FAMILIES, save_tiny, tiny_model
+
+SHAPES = {"a.q": (300, 1000), "a.o": (700, 1000), "b": (2000, 500), "c": (1000, 4000)}
+
+
+def share(shapes, sparsity, divergence):
+    return BUDGETS.get("measured").function(shapes, sparsity, divergence)
+
+
+def removed(shapes, found):
+    return sum(rows * round(found[name] * columns) for name, (rows, columns) in shapes.items())
+
+
+def test_uniform_gives_all_the_same():
+    assert BUDGETS.get("uniform").function({"a": (3, 1), "b": (1, 5)}, 0.3, {}) == {"a": 0.3, "b": 0.3}
+
+
+def test_measured_equals_the_formula():
+    divergence = {("a.q", "a.o"): 0.02, ("b",): 0.01, ("c",): 0.04}
+    found = share(SHAPES, 0.5, divergence)
+    # Per weight they lose alike, but the second half as much: so it goes ln(2) / GROWTH further than the others.
+    assert found["a.q"] == found["a.o"]
+    assert found["b"] - found["a.q"] == pytest.approx(math.log(2) / GROWTH, abs=2e-4)
+    assert found["c"] - found["a.q"] == pytest.approx(math.log(2) / GROWTH, abs=2e-4)
+    assert removed(SHAPES, found) == pytest.approx(3_000_000, rel=1e-3)
+
+
+def test_the_sum_of_losses_is_least():
+    divergence = {("a.q", "a.o"): 0.02, ("b",): 0.011, ("c",): 0.03}
+    found = share(SHAPES, 0.6, divergence)
+
+    def loss(shares):
+        return sum(d * math.exp(GROWTH * (shares[names[0]] - 0.6)) for names, d in divergence.items())
+
+    least = loss(found)
+    assert least < loss(dict.fromkeys(SHAPES, 0.6))
+    for move in (0.01, -0.01):  # from b to c, which has four times as many entries
+        assert least < loss({**found, "b": found["b"] + move, "c": found["c"] - move / 4})
+
+
+@given(
+    st.floats(0.01, 0.99),
+    st.lists(st.floats(0, 10), min_size=3, max_size=3),
+)
+@settings(max_examples=100, deadline=None)
+def test_measured_removes_what_was_asked_for_and_stays_in_reach(sparsity, losses):
+    divergence = dict(zip([("a.q", "a.o"), ("b",), ("c",)], losses, strict=True))
+    found = share(SHAPES, sparsity, divergence)
+    wanted = removed(SHAPES, dict.fromkeys(SHAPES, sparsity))
+    assert wanted <= removed(SHAPES, found) <= wanted + 0.002 * 6_000_000
+    assert all(0 < one < 1 and abs(one - sparsity) <= REACH + 1e-4 for one in found.values())
+
+
+@pytest.mark.parametrize("divergence", [{("a.q", "a.o"): 0.0, ("b",): 0.0, ("c",): 0.0}, {}])
+def test_measured_is_uniform_where_nothing_is_lost(divergence):
+    assert share(SHAPES, 0.5, divergence) == dict.fromkeys(SHAPES, 0.5)
+
+
+def test_nothing_is_removed_at_zero():
+    assert share(SHAPES, 0.0, {("a.q", "a.o"): 0.1, ("b",): 0.2, ("c",): 0.3}) == dict.fromkeys(SHAPES, 0.0)
+
+
+def test_parts_are_the_modules_of_a_block():
+    block = Block(0, "layers.0", ("self_attn.q", "self_attn.o", "mlp.up", "mlp.experts.0.up", "fc1", "fc2"))
+    assert parts(block) == [("self_attn.q", "self_attn.o"), ("mlp.up", "mlp.experts.0.up"), ("fc1", "fc2")]
+
+
+def received(model, module, token_ids):
+    seen = []
+    handle = module.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0]))
+    model(token_ids)
+    handle.remove()
+    return seen[0]
+
+
+def reference(model, token_ids, sparsity, first_weight):
+    """The same by whole passes: hooks on the whole model, weights replaced, probabilities at all positions."""
+    found = {}
+    with torch.no_grad():
+        wanted = model(token_ids).logits.double().log_softmax(-1)
+        for block in find_blocks(model):
+            for linears in parts(block):
+                pruned = copy.deepcopy(model)
+                for linear in linears:
+                    module = model.get_submodule(f"{block.name}.{linear}")
+                    squares = received(model, module, token_ids).double().square()
+                    if squares.ndim == 3:  # OPT's MLP gets all tokens in a row
+                        squares[:, 0] *= first_weight
+                    score = module.weight.double().abs() * squares.flatten(0, -2).sum(0).sqrt()
+                    order = score.argsort(dim=1, stable=True)[:, : round(sparsity * score.shape[1])]
+                    pruned.get_submodule(f"{block.name}.{linear}").weight.scatter_(1, order, 0.0)
+                ours = pruned(token_ids).logits.double().log_softmax(-1)
+                names = tuple(f"{block.name}.{linear}.weight" for linear in linears)
+                found[names] = (wanted.exp() * (wanted - ours)).sum(-1).mean().item()
+    return found
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
+def test_divergence_equals_that_of_whole_passes(family):
+    model = tiny_model(family)
+    before = copy.deepcopy(model.state_dict())
+    token_ids, steps = torch.from_numpy(calibration().token_ids), []
+    expected = reference(model, token_ids, 0.5, 100.0)
+    found = measure_divergence(
+        model, find_blocks(model), token_ids, Target(0.5), 100.0, lambda done, n: steps.append((done, n))
+    )
+    assert found.keys() == expected.keys()
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=0.02, abs=1e-5)
+    assert min(found.values()) > 0
+    assert steps == [(i, len(find_blocks(model))) for i in range(len(find_blocks(model)) + 1)]
+    assert all(torch.equal(before[name], one) for name, one in model.state_dict().items()), "the model is as it was"
+
+
+def test_divergence_of_some_tokens_at_some_positions(monkeypatch):
+    monkeypatch.setattr("secateur.pruning.divergence.TOKENS", 96)
+    monkeypatch.setattr("secateur.pruning.divergence.POSITIONS", 8)
+    model, token_ids = tiny_model("llama"), torch.from_numpy(calibration().token_ids)
+    found = measure_divergence(model, find_blocks(model), token_ids, Target(0.5), 1.0, lambda *_: None)
+    with torch.no_grad():
+        logits = model(token_ids[:2]).logits[:, 11::12]
+    assert logits.shape[:2] == (2, 4)
+    again = measure_divergence(model, find_blocks(model), token_ids[:2], Target(0.5), 1.0, lambda *_: None)
+    assert found == again, "the third sequence is not looked at"
+
+
+def test_probabilities_that_are_no_numbers_are_an_error():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight").fill_(float("nan"))
+    token_ids = torch.from_numpy(calibration().token_ids)
+    with pytest.raises(ModelError, match=r"model.layers.0 gives probabilities that are no numbers"):
+        measure_divergence(model, find_blocks(model), token_ids, Target(0.5), 1.0, lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("budgets") / "base")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base):
+    derive_tiny(base, base.parent / "undisturbed", budget="measured")
+    return contents(base.parent / "undisturbed")
+
+
+def test_a_derivation_removes_what_its_budget_says(base, undisturbed, tmp_path):
+    stages = []
+    done = derive_tiny(base, tmp_path / "out", budget="measured", progress=lambda stage, *_: stages.append(stage))
+    assert stages.index("budget") < stages.index("prune")
+    assert contents(tmp_path / "out") == undisturbed
+    assert not (tmp_path / "out" / BUDGET).exists()
+    masks = masks_and_weights(tmp_path / "out")
+    shares = {name: 1 - mask.float().mean().item() for name, (mask, _) in masks.items()}
+    by_part = {}
+    for name, one in shares.items():
+        by_part.setdefault(name.rsplit(".", 2)[0], []).append(one)
+    assert all(max(ones) - min(ones) < 0.02 for ones in by_part.values()), "rounding to whole entries of a row"
+    assert max(shares.values()) - min(shares.values()) > 0.05
+    assert done.manifest["kept_weights"] == pytest.approx(0.5 * done.manifest["prunable_weights"], rel=0.01)
+
+
+def test_an_interrupted_derivation_keeps_its_budget(base, undisturbed, tmp_path, monkeypatch):
+    partial = interrupt(base, tmp_path / "out", budget="measured")
+    shares = json.loads((partial / BUDGET).read_text())
+    monkeypatch.setattr("secateur.pruning.allotment.measure_divergence", None)  # it is not measured again
+    derive_tiny(base, tmp_path / "out", budget="measured", resume=True)
+    assert contents(tmp_path / "out") == undisturbed
+    assert set(shares) == set(masks_and_weights(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[1]", "half", "text"])
+def test_a_damaged_budget_is_measured_again(base, undisturbed, tmp_path, damage):
+    path = interrupt(base, tmp_path / "out", budget="measured") / BUDGET
+    text = path.read_text()
+    path.write_text({"half": text[: len(text) // 2], "text": text.replace("0.", '"0."', 1)}.get(damage, damage))
+    derive_tiny(base, tmp_path / "out", budget="measured", resume=True)
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def test_another_budget_cannot_go_on(base, tmp_path):
+    interrupt(base, tmp_path / "out", budget="measured")
+    with pytest.raises(ConfigError, match=r"recipe \(budget\)"):
+        derive_tiny(base, tmp_path / "out", resume=True)
+
+
+def test_a_model_that_does_not_fit_whole_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.pruning.forecast.available_memory", lambda: 4_000_000)
+    derive_tiny(base, tmp_path / "uniform")
+    with pytest.raises(ResourceError, match=r"measuring a budget holds the whole model, about .*--budget uniform"):
+        derive_tiny(base, tmp_path / "out", budget="measured")
+    assert not list(tmp_path.glob("out*"))
