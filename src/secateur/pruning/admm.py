@@ -9,9 +9,10 @@ from secateur.pruning.layer_problem import LayerProblem, refit
 from secateur.pruning.masks import Target, keep_top
 from secateur.pruning.method import Pruned, register
 
-# Penalties, in units of the Gram matrix's diagonal. Each needs an inverse, which costs as much as a few steps.
-_PENALTIES = tuple(0.1 * 1.6**level for level in range(8))
-_STEPS = 5  # with each of them
+# Penalties, in units of the Gram matrix's diagonal, from 0.1 to 2.7. Each needs an inverse, which costs a wide weight
+# eight steps: eight penalties of five steps have an error that is 0.5% lower, in a quarter more time.
+_PENALTIES = tuple(0.1 * 2.275**level for level in range(5))
+_STEPS = 8  # with each of them
 _REFIT_STEPS = 10
 
 
