@@ -249,8 +249,9 @@ def test_an_exported_folder_opens_without_secateur(inputs, work, capsys):
     subprocess.run([sys.executable, "-c", OPEN, work / "dense", work / "logits.pt"], check=True, timeout=120)
     with torch.inference_mode():
         expected = secateur.load(inputs / "child", engine="torch").model(torch.arange(1, 40)[None]).logits
-    # Exact: the same weights, the same library, one process apart; threads may add up in another order.
-    torch.testing.assert_close(torch.load(work / "logits.pt"), expected, rtol=0.02, atol=0.02)
+    # The same weights, but packed ones add up in another order: in bfloat16 that leaves two digits of the largest.
+    found = torch.load(work / "logits.pt")
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
     dense = {name: t for shard in (work / "dense").glob("*.safetensors") for name, t in load_file(shard).items()}
     base = load_file(inputs / "base" / "model.safetensors")
     assert dense.keys() == base.keys()
