@@ -62,7 +62,9 @@ def derive(
     method: Annotated[
         str | None, typer.Option(help="See `secateur list methods`.", show_default="the preset's")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="See `secateur list budgets`.", show_default="uniform")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="See `secateur list budgets`.", show_default="the preset's, else uniform")
+    ] = None,
     granularity: Annotated[str | None, typer.Option(help="per_output or per_layer.", show_default="per_output")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sequence.", show_default="512")] = None,

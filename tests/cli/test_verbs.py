@@ -175,16 +175,18 @@ def test_resume_with_nothing_to_resume_and_with_nothing_left_to_do(inputs, work,
 
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_integers_from_end_to_end(inputs, work, capsys, values):
-    outcome = derive(inputs, capsys, "--values", values, "--group-size", "32", "--json")
+    # Wanda: with a Gram matrix codes make up for what was removed too, and differ by more than rounding.
+    assert derive(inputs, capsys, "--method", "wanda", output="exact").code == 0
+    outcome = derive(inputs, capsys, "--method", "wanda", "--values", values, "--group-size", "32", "--json")
     assert outcome.code == 0
     assert json.loads(outcome.out)["recipe"]["group_size"] == 32
     assert json.loads(run(["inspect", "out", "--verify", "--json"], capsys).out)["values"] == values
     assert f"{values} in groups of 32, embedding and head int8" in run(["inspect", "out"], capsys).out
     task = f"perplexity:{inputs / 'text'}"
-    outcome = run(["evaluate", "out", inputs / "child", "--task", task, "--limit", "300", "--json"], capsys)
+    outcome = run(["evaluate", "out", "exact", "--task", task, "--limit", "300", "--json"], capsys)
     assert outcome.code == 0
     perplexity = [cell["result"]["perplexity"] for cell in json.loads(outcome.out)["cells"]]
-    assert perplexity[0] == pytest.approx(perplexity[1], rel=0.1 if values == "int8" else 0.3)
+    assert perplexity[0] == pytest.approx(perplexity[1], rel=0.02 if values == "int8" else 0.3)
     assert run(["generate", "out", "-p", "def f", "--max-new-tokens", "3"], capsys).code == 0
     assert run(["export", "out", "-o", "dense"], capsys).code == 0
     assert run(["generate", "dense", "-p", "def f", "--max-new-tokens", "3"], capsys).code == 0
@@ -242,24 +244,24 @@ with torch.inference_mode():
 
 
 def test_an_exported_folder_opens_without_secateur(inputs, work, capsys):
-    outcome = run(["export", inputs / "child", "-o", "dense", "--json"], capsys)
+    assert derive(inputs, capsys, "--method", "wanda", output="sub").code == 0  # which keeps weights to the bit
+    outcome = run(["export", "sub", "-o", "dense", "--json"], capsys)
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads(outcome.out) == {"path": "dense"}
     assert "quantization_config" not in json.loads((work / "dense" / "config.json").read_text())
     subprocess.run([sys.executable, "-c", OPEN, work / "dense", work / "logits.pt"], check=True, timeout=120)
     with torch.inference_mode():
-        expected = secateur.load(inputs / "child", engine="torch").model(torch.arange(1, 40)[None]).logits
-    # The same weights, but packed ones add up in another order: in bfloat16 that leaves two digits of the largest.
-    found = torch.load(work / "logits.pt")
-    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+        expected = secateur.load("sub", engine="torch").model(torch.arange(1, 40)[None]).logits
+    # Exact: the same weights, the same library, one process apart; threads may add up in another order.
+    torch.testing.assert_close(torch.load(work / "logits.pt"), expected, rtol=0.02, atol=0.02)
     dense = {name: t for shard in (work / "dense").glob("*.safetensors") for name, t in load_file(shard).items()}
     base = load_file(inputs / "base" / "model.safetensors")
     assert dense.keys() == base.keys()
     for name, weight in base.items():
+        kept = dense[name] != 0
+        assert torch.equal(dense[name][kept], weight[kept])
         if "proj" in name:
-            assert (dense[name] != 0).float().mean().item() == pytest.approx(0.5)
-        else:
-            assert torch.equal(dense[name], weight)
+            assert kept.float().mean().item() == pytest.approx(0.5)
     shutil.rmtree(work / "dense")
 
 

@@ -40,6 +40,7 @@ def recipe(**options):
         {"values": "int8", "sparsity": 0.0},
         {"values": "int8", "sparsity": 0.5, "granularity": "per_layer"},
         {"values": "int4", "sparsity": 0.61, "group_size": 32},
+        {"values": "int4", "sparsity": 0.45, "budget": "measured"},
     ],
 )
 def test_the_size_is_foretold(base, tmp_path, options):

@@ -16,6 +16,11 @@ from secateur.pruning.divergence import measure_divergence
 from secateur.pruning.masks import Target
 
 
+def measures(recipe: Recipe) -> bool:
+    """Return whether the whole model is run to find the sparsities."""
+    return BUDGETS.get(recipe.budget).needs == "divergence" and recipe.sparsity > 0
+
+
 def allot(  # noqa: PLR0917
     base: Base,
     recipe: Recipe,
@@ -30,7 +35,7 @@ def allot(  # noqa: PLR0917
     weights are pruned as the first ones were. `progress` is called with the blocks that are measured, and their number.
     """
     budget, shapes = BUDGETS.get(recipe.budget), base.shapes()
-    if budget.needs == "nothing":
+    if not measures(recipe):
         return budget.function(shapes, recipe.sparsity, {})
     path = folder / BUDGET
     try:

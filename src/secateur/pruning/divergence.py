@@ -115,7 +115,11 @@ def _mean_divergence(parent: Tensor, ours: Tensor) -> float:
 
 @contextmanager
 def _summing(block: nn.Module, linears: tuple[str, ...], first_weight: float) -> Iterator[dict[str, InputStatistics]]:
-    """While it is open a pass through the block fills in the sums of squares of what each linear receives."""
+    """While it is open a pass through the block fills in the sums of squares of what each linear receives.
+
+    Unlike in the norms that Wanda has elsewhere, first tokens count more: that better methods keep them, and Wanda does
+    not, says nothing about what a part is worth.
+    """
     sums: dict[str, InputStatistics] = {}
 
     def watch(linear: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

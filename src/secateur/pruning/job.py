@@ -45,9 +45,8 @@ from secateur.models.replay import record_inputs
 from secateur.models.structure import Block, embedding_weights
 from secateur.models.weights import drop_parameters, set_parameters
 from secateur.pruning.activations import Activations
-from secateur.pruning.allotment import allot
+from secateur.pruning.allotment import allot, measures
 from secateur.pruning.base import Base
-from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.demand import Demand
 from secateur.pruning.forecast import Forecast, make_forecast
 from secateur.pruning.loop import BlockRun, Progress, prune_blocks
@@ -84,7 +83,7 @@ def forecast_job(  # noqa: PLR0917
         gram=METHODS.get(recipe.method).needs_gram,
         streams=2 if follows_parent(recipe) else 1,
         recovering=0 if recovery is None else recovery.sequence_length,
-        measuring=BUDGETS.get(recipe.budget).needs == "divergence",
+        measuring=measures(recipe),
     )
     return make_forecast(demand, workspace)
 
