@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur.checkpoint.format import ACTIVATIONS
+from secateur.config import PRESETS
 from secateur.errors import ConfigError, ModelError, OutputError, ResourceError, SecateurError, UnknownNameError
 from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, shards
 from tests.tiny import save_tiny
@@ -169,6 +170,13 @@ def test_too_little_memory_on_resume_does_not_cost_the_finished_blocks(base, tmp
     assert shards(partial) == before
     derive_tiny(base, tmp_path / "out", resume=True)
     assert contents(tmp_path / "out") == undisturbed
+
+
+def test_a_preset_from_python_is_whole(base, tmp_path):
+    recipe = derive_tiny(base, tmp_path / "best", preset="best", method=None).manifest["recipe"]
+    assert {key: recipe[key] for key in PRESETS["best"]} == PRESETS["best"]
+    recipe = derive_tiny(base, tmp_path / "uniform", preset="best", method=None, budget="uniform").manifest["recipe"]
+    assert (recipe["method"], recipe["budget"]) == ("admm", "uniform")
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.999])

@@ -53,9 +53,7 @@ def _divergence(
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> Divergence:
-    dtype = base.computing_dtype()
-    with base.reader as reader:
-        model = base.loaded({name: reader.read(name).to(device, dtype) for name in base.stored_names()})
+    model = base.loaded(base.tensors(device))
     target = Target(recipe.sparsity, recipe.granularity)
     token_ids = torch.from_numpy(calibration.token_ids)
     found = measure_divergence(model, base.blocks, token_ids, target, recipe.first_token_weight, progress)

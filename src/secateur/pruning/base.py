@@ -59,6 +59,14 @@ class Base:
         dtype = self.dtype()
         return torch.bfloat16 if dtype == torch.float16 else dtype
 
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """Read all weights by the names of `stored_names`, in the precision that the whole model is run in."""
+        dtype, found = self.computing_dtype(), {}
+        for name in self.stored_names():
+            with self.reader as reader:  # opened anew for each weight, so that no more than that is mapped
+                found[name] = reader.read(name).to(device, dtype)
+        return found
+
     def loaded(self, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
         """Return the model with these weights, by the names of `stored_names`; tied ones are shared."""
         model = load_skeleton(self.folder)

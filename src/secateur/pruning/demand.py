@@ -14,9 +14,9 @@ from secateur.pruning.recovery import sequences_together
 # Activations inside one block, in multiples of one batch of [tokens, intermediate_size] and [tokens, hidden_size].
 INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
 # Of a layer's problem, in multiples of its Gram matrix and of its weight in float32; the factors are in float64.
-GRAM_COPIES, WEIGHT_COPIES, FLOAT_BYTES = 10, 8, 4
-# Of logits, in multiples of those that are compared: the parent's, the pruned model's, and what is in float32.
-MEASURED_LOGITS = 3
+GRAM_COPIES, WEIGHT_COPIES, FLOAT_BYTES = 12, 8, 4
+# Of logits, in multiples of those that are compared: the parent's, two of the pruned model, and what is in float32.
+MEASURED_LOGITS = 4
 # Of recovery: weights and two moments in float32; what a block keeps for its gradients; logits, parent's and gradients.
 STATE_BYTES, KEPT_INTERMEDIATE, KEPT_HIDDEN, LOGITS_COPIES = 12, 6, 16, 4
 

@@ -81,7 +81,7 @@ def derive(
     target_size: int | str | None = None,
     preset: str | None = None,
     method: str | None = None,
-    budget: str = "uniform",
+    budget: str | None = None,
     granularity: str = "per_output",
     propagate: bool = True,
     values: str | None = None,

@@ -20,9 +20,7 @@ def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, encoding: Enc
     Both run in the precision of the base's blocks; float16, whose gradients would vanish, as bfloat16. Where values are
     to be integers, embedding and head of the pruned model are rounded as they will be.
     """
-    dtype = base.computing_dtype()
-    with base.reader as reader:
-        tensors = {name: reader.read(name).to(device, dtype) for name in base.stored_names()}
+    tensors, dtype = base.tensors(device), base.computing_dtype()
     blocks: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     grids: dict[str, Grid] = {}
