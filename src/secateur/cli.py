@@ -55,6 +55,10 @@ def derive(
     target_size: Annotated[
         str | None, typer.Option(help="Size of the result, such as 300MB, in place of a sparsity.")
     ] = None,
+    keep_quality: Annotated[
+        float | None,
+        typer.Option(help="Share of the parent's log-likelihood to keep, such as 0.95, in place of a sparsity."),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(help="fast, balanced or best: how much time to spend on quality.", show_default="balanced"),
@@ -114,6 +118,7 @@ def derive(
         "for": domains or None,
         "sparsity": sparsity,
         "target_size": target_size,
+        "keep_quality": keep_quality,
         "preset": preset,
         "method": method,
         "budget": budget,

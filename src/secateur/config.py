@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"method": "admm", "correction": DEFAULT_CORRECTION, "budget": "measured"},
 }
 DEFAULT_PRESET = "balanced"  # where neither a preset nor a method is named
-_ONE_OF_TWO = frozenset({"sparsity", "target_size"})
+_ONE_OF_THESE = ("sparsity", "target_size", "keep_quality")  # they decide the same thing
 UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
 DEFAULT_GROUP_SIZES: dict[str, GroupSize] = {"int8": 128, "int4": 64}
 
@@ -47,6 +47,10 @@ class Recipe(BaseModel):
     target_size
         Bytes that the sub-model may have at most, also as `300MB` or `1.5GB`; None when the sparsity says it. A recipe
         that is carried out has the sparsity and values instead that were found for it.
+    keep_quality
+        The share of the parent's quality that is to be kept, 0 < keep_quality < 1, see `secateur.pruning.quality`; None
+        when the sparsity or the size is given. Sub-models are derived until one is found, whose recipe has its sparsity
+        and values.
     method, budget
         Names from their registries.
     granularity
@@ -78,6 +82,7 @@ class Recipe(BaseModel):
     domains: Annotated[tuple[str, ...], Field(alias="for", min_length=1)]
     sparsity: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.5
     target_size: Annotated[int | None, Field(ge=1)] = None
+    keep_quality: Annotated[float | None, Field(gt=0, lt=1, allow_inf_nan=False)] = None
     method: str
     budget: str = "uniform"
     granularity: Granularity = "per_output"
@@ -122,8 +127,8 @@ class Recipe(BaseModel):
         return tuple(value) if isinstance(value, list) else value
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data, with the keys of a recipe file; without a target size, which is none of a result."""
-        return self.model_dump(mode="json", by_alias=True, exclude={"target_size"})
+        """Return plain JSON data, with the keys of a recipe file; without what was asked for in place of a sparsity."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"target_size", "keep_quality"})
 
 
 def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
@@ -140,10 +145,10 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
     merged: dict[str, Any] = dict(read_recipe_file(file)) if file is not None else {}
     given = {key: value for key, value in options.items() if value is not None}
     for source in (merged, given):
-        if len(_ONE_OF_TWO & source.keys()) == len(_ONE_OF_TWO):
-            raise ConfigError("sparsity and target_size decide the same thing: give one of them")
-    if _ONE_OF_TWO & given.keys():
-        merged = {key: value for key, value in merged.items() if key not in _ONE_OF_TWO}
+        if len(named := [key for key in _ONE_OF_THESE if key in source]) > 1:
+            raise ConfigError(f"{' and '.join(named)} decide the same thing: give one of them")
+    if given.keys() & set(_ONE_OF_THESE):
+        merged = {key: value for key, value in merged.items() if key not in _ONE_OF_THESE}
     merged = {**_preset(merged), **merged, **_preset(given), **given}
     merged.pop("preset", None)
     if "method" not in merged:

@@ -2,20 +2,19 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from secateur.calibration.mixture import domain_items, parse_mixture
 from secateur.calibration.packing import CalibrationSet, build_calibration_set
 from secateur.calibration.shortlist import TokenChoice, choose_tokens
 from secateur.checkpoint.format import MANIFEST, read_json
 from secateur.config import Recipe, make_recipe
-from secateur.errors import ConfigError, CorpusError, ModelError
+from secateur.errors import ConfigError, CorpusError
 from secateur.files import check_writable, sha256_file
 from secateur.models.device import checked_device, limited_threads
 from secateur.models.source import ModelFolder, load_tokenizer, resolve_model
@@ -24,7 +23,10 @@ from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.job import Job, forecast_job
 from secateur.pruning.loop import Progress
 from secateur.pruning.methods import METHODS
+from secateur.pruning.quality import Judge, unseen_text
+from secateur.pruning.search import Trials, check_search, find_sparsity, settled
 from secateur.pruning.size import fit
+from secateur.pruning.texts import Texts, check_length
 from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder
 
 
@@ -79,6 +81,7 @@ def derive(
     output: str | Path,
     sparsity: float | None = None,
     target_size: int | str | None = None,
+    keep_quality: float | None = None,
     preset: str | None = None,
     method: str | None = None,
     budget: str | None = None,
@@ -109,13 +112,14 @@ def derive(
         The folder to write; it must not exist.
     preset
         A name in `secateur.config.PRESETS`; `balanced` without it and without a method.
-    sparsity, target_size, method, budget, granularity, propagate, values, group_size, trim_vocabulary, correction,
-    first_token_weight
+    sparsity, target_size, keep_quality, method, budget, granularity, propagate, values, group_size, trim_vocabulary,
+    correction, first_token_weight
         See `secateur.config.Recipe`.
     recovery
         Token ids [sequences, length] that the pruned model learns from beside its parent; None: it does not.
     data
-        The folder with text that the calibration set was drawn from, if there was one; only `trim_vocabulary` reads it.
+        The folder with text that the calibration set was drawn from, if there was one; only `trim_vocabulary` and
+        `keep_quality` read it.
     device
         Where blocks run, as torch names it.
     threads
@@ -143,6 +147,7 @@ def derive(
             "for": domain_items(calibration.mixture),
             "sparsity": sparsity,
             "target_size": target_size,
+            "keep_quality": keep_quality,
             "preset": preset,
             "method": method,
             "budget": budget,
@@ -161,7 +166,7 @@ def derive(
     )
     execution = Execution(output, device, threads, resume, progress, announce, None if data is None else Path(data))
     base = Base.open(folder)
-    return _derive(base, _fitted(base, recipe, announce), Texts(calibration, recovery), execution)
+    return _carry_out(base, _fitted(base, recipe, announce), Texts(calibration, recovery), execution)
 
 
 def derive_recipe(
@@ -191,11 +196,13 @@ def derive_recipe(
     checked_device(device)
     if not resume:
         check_output(Path(os.path.normpath(output)))
+        if recipe.keep_quality is not None:
+            check_search(Path(os.path.normpath(output)), resume=False)
     check_writable(Path(output))
     folder = resolve_model(recipe.model)
     base = Base.open(folder)
     recipe = _fitted(base, recipe, announce)
-    _check_length(base.model, recipe.sequence_length)
+    check_length(base.model, recipe.sequence_length)
     tokenizer = load_tokenizer(folder)
 
     def draw(samples: int) -> CalibrationSet:
@@ -210,7 +217,7 @@ def derive_recipe(
             raise CorpusError(f"{error} (--recover counts as samples here: give it less)") from None
         recipe = recipe.model_copy(update={"recover": recovery.token_ids.size})
     execution = Execution(output, device, threads, resume, progress, announce, data)
-    return _derive(base, recipe, Texts(calibration, recovery), execution)
+    return _carry_out(base, recipe, Texts(calibration, recovery), execution)
 
 
 def _fitted(base: Base, recipe: Recipe, announce: Callable[[str], None] | None) -> Recipe:
@@ -234,25 +241,31 @@ class Execution:
     data: Path | None
 
 
-@dataclass(frozen=True)
-class Texts:
-    """What a sub-model is derived from.
+def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> SubModel:
+    """Derive once, or as often as a quality that is to be kept asks for."""
+    output, quality = Path(os.path.normpath(execution.output)), recipe.keep_quality
+    if quality is None:
+        return _derive(base, recipe, texts, execution)
+    if execution.resume and os.path.lexists(output):
+        return _derive(base, settled(recipe, output), texts, execution)
+    check_output(output, resume=execution.resume)
+    trials = Trials(output, recipe, texts.calibration.sha256, resume=execution.resume)
+    device = checked_device(execution.device)
+    texts.check(base.model)
+    unseen = unseen_text(texts.calibration, load_tokenizer(base.folder), execution.data)
 
-    Attributes
-    ----------
-    calibration
-        The text that decides what is pruned.
-    recovery
-        The text that the pruned model learns from; None when it does not.
-    """
+    def one(recipe: Recipe, place: Path) -> None:
+        _derive(base, recipe, texts, replace(execution, output=place, resume=True))
 
-    calibration: CalibrationSet
-    recovery: CalibrationSet | None
-
-    def described(self) -> dict[str, Any]:
-        """Return where they come from, as a manifest holds it."""
-        texts = {"calibration": self.calibration, "recovery": self.recovery}
-        return {name: _described(text) for name, text in texts.items() if text is not None}
+    judge = Judge(base, unseen, device, lambda done, total: execution.progress("measure", done, total))
+    try:
+        with limited_threads(execution.threads or torch.get_num_threads()):
+            best = find_sparsity(trials, recipe, quality, judge, one, execution.announce or (lambda _: None))
+    except Exception:
+        trials.discard_empty()
+        raise
+    log = trials.publish(best)
+    return SubModel(output, read_json(output / MANIFEST), log)
 
 
 def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> SubModel:
@@ -260,9 +273,7 @@ def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> S
     BUDGETS.get(recipe.budget)
     target = Path(os.path.normpath(execution.output))
     device = checked_device(execution.device)
-    _check_tokens(base.model, texts.calibration, "the calibration set")
-    if texts.recovery is not None:
-        _check_tokens(base.model, texts.recovery, "the text for recovery")
+    texts.check(base.model)
     finished = execution.resume and os.path.lexists(target)
     if not finished:
         check_output(target, resume=execution.resume)
@@ -336,32 +347,3 @@ def _plan(
     if shortlist is not None:
         plan["shortlist"] = shortlist.to_dict()
     return plan
-
-
-def _described(text: CalibrationSet) -> dict[str, Any]:
-    return {
-        "sha256": text.sha256,
-        "samples": text.samples,
-        "sequence_length": text.sequence_length,
-        "provenance": [asdict(one) for one in text.provenance],
-    }
-
-
-def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise ConfigError(
-            f"sequence length {sequence_length} is more than the {longest} tokens that the model takes: "
-            "use a shorter --sequence-length"
-        )
-
-
-def _check_tokens(model: PreTrainedModel, text: CalibrationSet, what: str) -> None:
-    _check_length(model, text.sequence_length)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    lowest, highest = int(text.token_ids.min()), int(text.token_ids.max())
-    if lowest < 0 or highest >= vocabulary:
-        raise ModelError(
-            f"{what} holds token {lowest if lowest < 0 else highest}, the model's vocabulary has "
-            f"{vocabulary}: it was made with another tokenizer"
-        )

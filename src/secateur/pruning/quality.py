@@ -1,0 +1,96 @@
+"""The quality that a sub-model keeps: how likely it finds text, beside its parent.
+
+Quality is the mean log-likelihood of a token of text that the sub-model was not derived from: a sub-model keeps 0.95
+where the parent's is 0.95 times its own (both are below 0). That text is from the same domains and other than what
+`secateur evaluate` measures on.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from secateur.calibration.packing import CalibrationSet, build_calibration_set
+from secateur.calibration.spans import Tokenizer
+from secateur.checkpoint.opened import open_submodel
+from secateur.checkpoint.shards import read_shard
+from secateur.errors import CorpusError, ModelError
+from secateur.files import release_freed_memory
+from secateur.models.likelihood import token_log_likelihood
+from secateur.pruning.base import Base
+
+SAMPLES = 32  # sequences that quality is measured on
+
+
+class Judge:
+    """Measures models on token ids [sequences, length]; `progress` is called with those that are done, and all."""
+
+    def __init__(
+        self, base: Base, token_ids: NDArray[np.int64], device: torch.device, progress: Callable[[int, int], None]
+    ) -> None:
+        self._base, self._token_ids, self._device = base, torch.from_numpy(token_ids), device
+        self._progress = progress
+
+    def parent(self) -> float:
+        """Return the nats per token of the base model."""
+        return self._nats(self._base.tensors(self._device))
+
+    def submodel(self, folder: Path) -> float:
+        """Return the nats per token of a sub-model, with its values as they are stored."""
+        opened, dtype = open_submodel(folder), self._base.computing_dtype()
+        tensors: dict[str, Tensor] = {}
+        for shard in opened.shards:
+            read = read_shard(folder / shard, opened.stored, dtype)
+            tensors |= {name: one.to(self._device, dtype) for name, one in read.items()}
+        return self._nats(tensors)
+
+    def _nats(self, tensors: Mapping[str, Tensor]) -> float:
+        model = self._base.loaded(tensors)
+        total, sequences = 0.0, len(self._token_ids)
+        for number, row in enumerate(self._token_ids):
+            self._progress(number, sequences)
+            total -= float(token_log_likelihood(model, row[None]).double().sum())
+        self._progress(sequences, sequences)
+        del model
+        release_freed_memory()
+        if not math.isfinite(total):
+            raise ModelError("a likelihood is not finite; the weights overflow in their precision or are damaged")
+        return total / (sequences * (self._token_ids.shape[1] - 1))
+
+
+def unseen_text(calibration: CalibrationSet, tokenizer: Tokenizer, data: Path | None) -> NDArray[np.int64]:
+    """Return sequences of the domains of a calibration set that are not in it, int64 [about SAMPLES, length].
+
+    Raises
+    ------
+    CorpusError
+        When there is no more text.
+    """
+    try:
+        more = build_calibration_set(
+            calibration.mixture,
+            tokenizer,
+            samples=calibration.samples + SAMPLES,
+            sequence_length=calibration.sequence_length,
+            seed=calibration.seed,
+            data=data,
+        )
+    except CorpusError as error:
+        raise CorpusError(f"{error} ({SAMPLES} of the samples here are those that quality is measured on)") from None
+    known = {row.tobytes() for row in calibration.token_ids}
+    unseen = [row for row in more.token_ids if row.tobytes() not in known]
+    return np.stack(unseen[-SAMPLES:])
+
+
+def allowed_loss(nats: float, quality: float) -> float:
+    """Return how many nats per token a sub-model may lose that keeps `quality` of a parent with `nats` per token."""
+    return nats * (1 / quality - 1)
+
+
+def kept(nats: float, loss: float) -> float:
+    """Return the quality that is kept with a loss, both in nats per token."""
+    return nats / max(nats + loss, 1e-9)

@@ -1,0 +1,210 @@
+"""Sub-models that keep a quality: what is tried, what is measured, and what an interruption leaves."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from secateur.calibration.packing import build_calibration_set
+from secateur.checkpoint.format import LOG, MANIFEST, read_json
+from secateur.config import Recipe, make_recipe
+from secateur.errors import ConfigError, CorpusError, OutputError
+from secateur.models.source import ModelFolder
+from secateur.pruning import derive as derive_module
+from secateur.pruning.base import Base
+from secateur.pruning.quality import SAMPLES, Judge, allowed_loss, kept, unseen_text
+from secateur.pruning.search import TRIALS, Trial, propose, search_folder
+from tests.calibration.texts import byte_tokenizer, write_data
+from tests.pruning.tiny_derivation import Interrupt, calibration, contents, derive_tiny
+from tests.tiny import save_tiny
+
+UNSEEN = calibration(samples=6, seed=9).token_ids
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setattr(derive_module, "unseen_text", lambda *_: UNSEEN)
+    monkeypatch.setattr(derive_module, "load_tokenizer", lambda _: None)
+    return save_tiny(tmp_path / "base")
+
+
+def nats(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    token_ids = torch.from_numpy(UNSEEN)
+    with torch.inference_mode():
+        logits = model(token_ids).logits[:, :-1].float()
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), token_ids[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("options", [{}, {"values": "int8"}, {"trim_vocabulary": False, "values": "int4"}])
+def test_the_judge_measures_what_transformers_does(base, tmp_path, options):
+    judge = Judge(Base.open(ModelFolder(base, "tiny")), UNSEEN, torch.device("cpu"), lambda *_: None)
+    assert judge.parent() == pytest.approx(nats(base), rel=1e-5)
+    sub = derive_tiny(base, tmp_path / "sub", sparsity=0.6, **options)
+    assert judge.submodel(sub.path) == pytest.approx(nats(sub.path), rel=1e-5)
+    assert abs(judge.submodel(sub.path) - judge.parent()) > 1e-4
+
+
+def simulated(loss_at, allowed, values="int4"):
+    """Try what is proposed for a model that loses `loss_at(sparsity)`; return the trials."""
+    trials = []
+    while (sparsity := propose(trials, values, allowed)) is not None:
+        trials.append(Trial(values, sparsity, loss_at(sparsity)))
+        assert len(trials) < 12
+    return trials
+
+
+@given(
+    st.floats(0.001, 0.5),
+    st.floats(3, 12),
+    st.floats(0.001, 2.0),
+    st.floats(0, 0.1),
+    st.sampled_from(["int4", "int8", "base"]),
+)
+def test_the_search_ends_near_the_highest_good_sparsity(at_half, growth, allowed, rounding, values):
+    def loss(sparsity):
+        return rounding + at_half * math.exp(growth * (sparsity - 0.5)) * (sparsity > 0)
+
+    trials = simulated(loss, allowed, values)
+    assert len({trial.sparsity for trial in trials}) == len(trials)
+    good = [trial.sparsity for trial in trials if trial.loss <= allowed]
+    smallest = {"int4": 1 / 4, "int8": 1 / 8, "base": 1 / 16}[values]
+    exact = max((s / 1000 for s in range(901) if loss(s / 1000) <= allowed), default=None)
+    if exact is None:
+        assert not good
+    elif exact >= smallest + 0.03:
+        assert exact - 0.03 <= max(good) <= exact + 1e-3
+    else:  # a bitmask would take more than it saves
+        assert max(good) <= smallest + 0.03
+
+
+def test_a_sub_model_that_loses_nothing_ends_at_the_highest_sparsity():
+    assert max(trial.sparsity for trial in simulated(lambda _: -0.01, 0.1)) == pytest.approx(0.9)
+
+
+@given(st.floats(0.5, 5), st.floats(0.5, 0.999))
+def test_the_allowed_loss_keeps_the_quality(parent, quality):
+    assert kept(parent, allowed_loss(parent, quality)) == pytest.approx(quality)
+
+
+def test_the_result_keeps_the_quality_and_is_a_plain_derivation(base, tmp_path):
+    said = []
+    done = derive_tiny(base, tmp_path / "out", keep_quality=0.99, values="base", announce=said.append)
+    parent, mine = nats(base), nats(done.path)
+    assert parent / mine >= 0.99
+    measured = read_json(done.path / LOG)["keep_quality"]
+    assert measured["parent_nats"] == pytest.approx(parent, rel=1e-5)
+    sparsity = done.manifest["recipe"]["sparsity"]
+    trial = next(one for one in measured["trials"] if one["sparsity"] == sparsity)
+    assert trial["loss"] == pytest.approx(mine - parent, abs=1e-5)
+    assert sum("keeps" in line for line in said) == len(measured["trials"]) > 1
+    plain = derive_tiny(base, tmp_path / "plain", sparsity=sparsity, values="base")
+    assert contents(done.path) == contents(plain.path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "plain"]
+    again = derive_tiny(base, tmp_path / "out", keep_quality=0.99, values="base", resume=True)
+    assert again.log == {}
+
+
+def test_values_that_are_left_open_are_the_smallest_that_keep_it(base, tmp_path, monkeypatch):
+    def nats_of(_, folder):
+        manifest = read_json(folder / MANIFEST)
+        return 1 + {"int4": 0.05, "int8": 0.001}[manifest["values"]] + 0.1 * manifest["recipe"]["sparsity"]
+
+    monkeypatch.setattr(Judge, "parent", lambda _: 1.0)
+    monkeypatch.setattr(Judge, "submodel", nats_of)
+    easy = derive_tiny(base, tmp_path / "easy", keep_quality=1 / 1.09)
+    assert easy.manifest["values"] == "int4"
+    assert easy.manifest["recipe"]["sparsity"] == pytest.approx(0.4, abs=0.03)
+    middle = derive_tiny(base, tmp_path / "middle", keep_quality=1 / 1.04)
+    assert middle.manifest["values"] == "int8"
+    assert middle.manifest["recipe"]["sparsity"] == pytest.approx(0.39, abs=0.03)
+    with pytest.raises(ConfigError, match=r"cannot be kept: int8 with 0.0% .* --resume"):
+        derive_tiny(base, tmp_path / "hard", keep_quality=0.9999)
+    # What was measured serves another quality.
+    done = derive_tiny(base, tmp_path / "hard", keep_quality=1 / 1.02, resume=True)
+    assert done.manifest["values"] == "int8"
+    tried = [(one["values"], one["sparsity"]) for one in done.log["keep_quality"]["trials"]]
+    assert len(set(tried)) == len(tried)
+    assert not search_folder(tmp_path / "hard").exists()
+
+
+def test_an_interrupted_search_goes_on(base, tmp_path):
+    options = {"keep_quality": 0.99, "values": "int8"}
+    whole = derive_tiny(base, tmp_path / "whole", **options)
+    seen = []
+
+    def stop(stage, done, _total):
+        if (stage, done) == ("prune", 1):
+            seen.append(stage)
+            if len(seen) == 2:  # within the second trial
+                raise Interrupt
+
+    with pytest.raises(Interrupt):
+        derive_tiny(base, tmp_path / "out", progress=stop, **options)
+    assert len(read_json(search_folder(tmp_path / "out") / TRIALS)["trials"]) == 1
+    with pytest.raises(OutputError, match="interrupted search"):
+        derive_tiny(base, tmp_path / "out", **options)
+    with pytest.raises(ConfigError, match="other options"):
+        derive_tiny(base, tmp_path / "out", resume=True, **options, granularity="per_layer")
+    done = derive_tiny(base, tmp_path / "out", resume=True, **options)
+    assert contents(done.path) == contents(whole.path)
+    assert not search_folder(tmp_path / "out").exists()
+
+
+def test_damaged_trials_are_refused(base, tmp_path):
+    search_folder(tmp_path / "out").mkdir()
+    (search_folder(tmp_path / "out") / TRIALS).write_text('{"nats": "x"}')
+    with pytest.raises(Exception, match="damaged: delete the folder"):
+        derive_tiny(base, tmp_path / "out", keep_quality=0.9, resume=True)
+
+
+def test_an_error_before_anything_is_measured_leaves_nothing(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(Judge, "parent", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        derive_tiny(base, tmp_path / "out", keep_quality=0.9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.mark.parametrize("quality", [0, 1, -0.5, 1.5, float("nan")])
+def test_qualities_that_cannot_be(quality):
+    with pytest.raises(ConfigError, match="keep_quality"):
+        make_recipe({"for": "python", "keep_quality": quality})
+
+
+@pytest.mark.parametrize("other", [{"sparsity": 0.5}, {"target_size": "1MB"}])
+def test_one_of_three_decides(other):
+    with pytest.raises(ConfigError, match="decide the same thing"):
+        make_recipe({"for": "python", "keep_quality": 0.9, **other})
+
+
+def test_the_recipe_of_a_result_does_not_name_it():
+    recipe = make_recipe({"for": "python", "keep_quality": 0.9})
+    assert "keep_quality" not in recipe.to_dict()
+    assert Recipe(**recipe.to_dict()).keep_quality is None
+
+
+@pytest.mark.parametrize("mixture", [(("python", 1.0),), (("python", 0.7), ("java", 0.3))])
+def test_unseen_text_is_not_in_the_calibration_set(tmp_path, mixture):
+    for domain in ("python", "java"):
+        write_data(tmp_path, domain)
+    settings = {"sequence_length": 64, "seed": 3, "data": tmp_path}
+    made = build_calibration_set(mixture, byte_tokenizer(), samples=8, **settings)
+    unseen = unseen_text(made, byte_tokenizer(), tmp_path)
+    assert unseen.shape == (SAMPLES, 64)
+    known = {row.tobytes() for row in made.token_ids}
+    assert not any(row.tobytes() in known for row in unseen)
+    most = next(n for n in range(8, 2000) if not enough(mixture, n + SAMPLES, settings))
+    with pytest.raises(CorpusError, match="quality is measured on"):
+        unseen_text(
+            build_calibration_set(mixture, byte_tokenizer(), samples=most, **settings), byte_tokenizer(), tmp_path
+        )
+
+
+def enough(mixture, samples, settings):
+    try:
+        return build_calibration_set(mixture, byte_tokenizer(), samples=samples, **settings)
+    except CorpusError:
+        return None
