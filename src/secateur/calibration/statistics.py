@@ -46,6 +46,15 @@ class InputStatistics:
     gram: Tensor | None = None
     cross: Tensor | None = None
 
+    def quieter(self, exponents: Tensor) -> "InputStatistics":
+        """Return those of the same input with feature j divided by 2^exponents[j], which takes this one's matrices."""
+        scale = torch.exp2(-exponents.float())
+        with torch.inference_mode():  # in which they were summed
+            for matrix in (self.gram, self.cross):
+                if matrix is not None:
+                    matrix.mul_(scale.to(matrix.device)).mul_(scale.to(matrix.device)[:, None])
+        return InputStatistics(self.sum_squares * scale * scale, self.n_tokens, self.gram, self.cross)
+
     @property
     def input_norms(self) -> Tensor:
         """float32 [in_features]: ||x_j||_2 over all tokens (Sun et al. 2024, eq. 1)."""

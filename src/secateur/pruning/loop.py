@@ -8,8 +8,10 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +29,17 @@ from secateur.models.replay import Call, run_block
 from secateur.models.structure import Block
 from secateur.models.weights import WeightReader, drop_parameters, set_parameters
 from secateur.pruning.activations import Activations
+from secateur.pruning.equalise import Inputs, Source, find_source
 from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
-from secateur.pruning.weight import is_unmasked, prune_weight
+from secateur.pruning.weight import encoding_of, is_unmasked, prune_weight
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class BlockRun:
-    """Everything the loop needs and does not change.
+    """Everything the loop needs; of it only `sources` is filled by and by.
 
     Attributes
     ----------
@@ -48,6 +51,8 @@ class BlockRun:
         Gives the file of a block's shard.
     activations
         None when the method needs no statistics.
+    sources
+        What produces the input that linears share, by the type of the block and their names.
     """
 
     model: PreTrainedModel
@@ -59,6 +64,7 @@ class BlockRun:
     shard: Callable[[Block], Path]
     activations: Activations | None
     device: torch.device
+    sources: dict[tuple[Any, ...], Source | None] = field(default_factory=dict)
 
 
 def prune_blocks(run: BlockRun, progress: Progress, timings: dict[str, float]) -> None:
@@ -82,17 +88,20 @@ def _prune_block(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> No
     with timer("read"):
         originals = _load_block(run, block, module)
     packed: dict[str, PackedWeight | DenseWeight] = {}
+    others = {name: one for name, one in originals.items() if name not in map(block.weight_name, block.prunable)}
     left = block.prunable
     while left:
         with timer("collect"):
             statistics = _collect(run, block, module, left, originals)
         stage = tuple(linear for linear in left if linear in statistics) if statistics else left
         with timer("prune"):
-            packed |= _prune_weights(run, block, module, stage, originals, statistics)
+            inputs = _shared_inputs(run, block, module, stage, statistics)
+            packed |= _prune_weights(run, block, module, inputs, originals)
+            for shared in inputs:
+                shared.quieten_source(block, module, packed, others)
         left = tuple(linear for linear in left if linear not in stage)
     with timer("write"):
-        kept_whole = {name: tensor for name, tensor in originals.items() if name not in packed}
-        write_block_shard(path, packed, kept_whole)
+        write_block_shard(path, packed, others)
     if run.recipe.propagate:
         with timer("propagate"):
             _propagate(run, block, module)
@@ -148,33 +157,60 @@ def _collect(
         raise ModelError(f"{block.name}: {error}") from None
 
 
-def _prune_weights(  # noqa: PLR0917
+def _shared_inputs(
     run: BlockRun,
     block: Block,
     module: nn.Module,
     linears: tuple[str, ...],
-    originals: Mapping[str, Tensor],
     statistics: Mapping[str, InputStatistics],
+) -> tuple[Inputs, ...]:
+    """Return the inputs of some linears, made equally loud where their weights become integers."""
+    if not METHODS.get(run.recipe.method).needs_gram or not encoding_of(run.recipe).bits:
+        return tuple(Inputs((linear,), statistics.get(linear)) for linear in linears)
+    groups = {
+        id(shared): tuple(linear for linear in linears if statistics[linear] is shared)
+        for shared in map(statistics.__getitem__, linears)
+    }
+
+    def probe() -> Tensor:
+        assert run.activations is not None  # noqa: S101 - there are statistics
+        hidden = next(iter(run.activations.batches()))[1]
+        return _forward(run, module, hidden, run.activations.inputs.get(block.index, 0))
+
+    found = []
+    for group in groups.values():
+        key = (type(module), group)
+        if key not in run.sources:
+            run.sources[key] = find_source(module, group, probe)
+        shared = Inputs(group, statistics[group[0]])
+        sparsity = run.sparsity[block.weight_name(group[0])]
+        found.append(shared.equalised(module, run.sources[key], run.recipe.group_size or 0, sparsity))
+    return tuple(found)
+
+
+def _prune_weights(
+    run: BlockRun, block: Block, module: nn.Module, inputs: tuple[Inputs, ...], originals: Mapping[str, Tensor]
 ) -> dict[str, PackedWeight | DenseWeight]:
     """Prune weights of the block in place, side by side in threads, and return them packed."""
     method = METHODS.get(run.recipe.method)
 
-    def prune(linear: str) -> tuple[str, PackedWeight | DenseWeight]:
+    def prune(linear: str, shared: Inputs) -> tuple[str, PackedWeight | DenseWeight]:
         name = block.weight_name(linear)
         weight = module.get_parameter(f"{linear}.weight")
         # crc32 is a stable way to give each weight its own random numbers; nothing depends on it being strong.
         seed = run.recipe.seed ^ zlib.crc32(name.encode())
         target = Target(run.sparsity[name], run.recipe.granularity, seed, run.recipe.correction)
-        original, found = originals[name].to(run.device), statistics.get(linear)
-        packed, kept = prune_weight(method, target, run.encoding, name, original, found, weight.dtype)
+        original = shared.louder(originals[name]).to(run.device)
+        packed, kept = prune_weight(method, target, run.encoding, name, original, shared.statistics, weight.dtype)
         # A parameter of its own: the old one is the original, which the parent is still run with.
         set_parameters(module, {f"{linear}.weight": kept.to(run.device, weight.dtype)})
         return name, packed
 
+    work = [(linear, shared) for shared in inputs for linear in shared.linears]
     if method.needs_gram:  # products and factorisations, which use all threads by themselves
-        return dict(map(prune, linears))
+        return dict(starmap(prune, work))
     with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
-        return dict(pool.map(prune, linears))
+        return dict(pool.map(prune, *zip(*work, strict=True)))
 
 
 def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:

@@ -36,26 +36,25 @@ def settle(
     lowest, highest = RANGES[bits]
     gram, device = problem.gram, problem.gram.device
     width = gram.shape[0]
-    codes = quantised.codes.to(device).float() - OFFSETS[bits]
-    steps = spread_scales(quantised.scales.to(device), group_size, width) * problem.norms
-    free = mask.to(device) & (steps != 0)
-    inverse = torch.where(free, 1 / torch.where(free, steps, 1.0), 0.0) / gram.diagonal()
-    residual = problem.aim - (codes * steps) @ gram
+    # All [in_features, out_features] from here on: an input's weights lie side by side.
+    codes = (quantised.codes.to(device).float() - OFFSETS[bits]).T.contiguous()
+    steps = (spread_scales(quantised.scales.to(device), group_size, width) * problem.norms).T.contiguous()
+    steps *= mask.to(device).T  # what is removed, or has no scale, cannot move
+    inverse = torch.where(steps != 0, 1 / torch.where(steps != 0, steps, 1.0), 0.0) / gram.diagonal()[:, None]
+    residual = (problem.aim - (codes * steps).T @ gram).T.contiguous()
     for _ in range(sweeps):
         changed = False
         for begin in range(0, width, _BLOCK):
             end = min(width, begin + _BLOCK)
-            here, moved = residual[:, begin:end].clone(), torch.zeros(len(codes), end - begin, device=device)
+            here, moved = residual[begin:end].clone(), torch.empty(end - begin, codes.shape[1], device=device)
             for j in range(begin, end):
-                code = codes[:, j]
-                wanted = (code + here[:, j - begin] * inverse[:, j]).round_().clamp_(lowest, highest)
-                move = torch.where(free[:, j], (wanted - code) * steps[:, j], 0.0)
-                codes[:, j] = torch.where(free[:, j], wanted, code)
-                here -= move[:, None] * gram[j, begin:end]
-                moved[:, j - begin] = move
+                wanted = torch.addcmul(codes[j], here[j - begin], inverse[j]).round_().clamp_(lowest, highest)
+                move = torch.mul(wanted - codes[j], steps[j], out=moved[j - begin])
+                codes[j] = wanted
+                here[j + 1 - begin :].addr_(gram[j, j + 1 : end], move, alpha=-1)
             if bool(moved.any()):
-                residual -= moved @ gram[begin:end]
+                residual.addmm_(gram[begin:end].T, moved, alpha=-1)
                 changed = True
         if not changed:
             break
-    return Quantised((codes + OFFSETS[bits]).to(torch.uint8).cpu(), quantised.scales)
+    return Quantised((codes.T + OFFSETS[bits]).to(torch.uint8).contiguous().cpu(), quantised.scales)
