@@ -71,7 +71,7 @@ def test_the_search_ends_near_the_highest_good_sparsity(at_half, growth, allowed
     trials = simulated(loss, allowed, values)
     assert len({trial.sparsity for trial in trials}) == len(trials)
     good = [trial.sparsity for trial in trials if trial.loss <= allowed]
-    smallest = {"int4": 1 / 4, "int8": 1 / 8, "base": 1 / 16}[values]
+    smallest = {"int4": 0.28, "int8": 0.155, "base": 0.0925}[values]  # below, a bitmask saves nothing
     exact = max((s / 1000 for s in range(901) if loss(s / 1000) <= allowed), default=None)
     if exact is None:
         assert not good

@@ -46,6 +46,10 @@ class InputStatistics:
     gram: Tensor | None = None
     cross: Tensor | None = None
 
+    def loudness(self) -> Tensor:
+        """Return the sum of squares of each feature, float32 [in_features]; tokens count as in the Gram matrix."""
+        return self.sum_squares if self.gram is None else self.gram.diagonal()
+
     def quieter(self, exponents: Tensor) -> "InputStatistics":
         """Return those of the same input with feature j divided by 2^exponents[j], which takes this one's matrices."""
         scale = torch.exp2(-exponents.float())

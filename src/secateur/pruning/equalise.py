@@ -76,7 +76,7 @@ class Inputs:
         # Quiet features of float16 would lose bits.
         if source is None or self.statistics is None or weights[0].dtype == torch.float16:
             return self
-        exponents = column_exponents(weights, self.statistics.sum_squares, group_size, sparsity)
+        exponents = column_exponents(weights, self.statistics.loudness(), group_size, sparsity)
         return Inputs(self.linears, self.statistics.quieter(exponents), source, exponents)
 
     def louder(self, weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from secateur.pruning.size import HIGHEST
 
 TRIALS = "trials.json"
 _FIRST, _PRECISION, _LONGEST_STEP = 0.5, 0.02, 0.25
+_WORTHWHILE = 0.03  # what a bitmask has to save beyond its own size, in shares of the weights
 # Of the loss that is allowed: what is aimed at, so that the next trial is more often good than not.
 _AIM = 0.97
 _LEAST_LOSS = 1e-4  # in nats; what is less is noise, and has no logarithm
@@ -45,8 +46,8 @@ def propose(trials: Sequence[Trial], values: Values, allowed: float) -> float | 
     """Return the sparsity to try next, or None when the trials of these values have said all.
 
     The logarithm of the loss grows by GROWTH from sparsity 0 to 1, which leads from the first trial to the next;
-    between a trial that is good and one that is not, it is interpolated. A sparsity at which the bitmask takes more
-    than the weights that it saves is no better than none.
+    between a trial that is good and one that is not, it is interpolated. A sparsity at which the bitmask takes as
+    much as the weights that it saves is no better than none.
     """
     mine = [trial for trial in trials if trial.values == values]
     if not mine:
@@ -60,7 +61,7 @@ def propose(trials: Sequence[Trial], values: Values, allowed: float) -> float | 
         found = _further(good, aim, len(mine), good=True)
     else:
         found = _further(min(mine, key=lambda trial: trial.sparsity), aim, len(mine), good=False)
-    if found is not None and found < 1 / INTEGER_BITS.get(values, 16):
+    if found is not None and found < 1 / INTEGER_BITS.get(values, 16) + _WORTHWHILE:
         found = 0.0 if good is None else None
     if found is None or any(trial.sparsity == found for trial in mine):
         return None

@@ -52,7 +52,7 @@ def _quantise(
 ) -> Quantised:
     """Return codes for what is kept; with a Gram matrix they make up for each other, and for what was removed."""
     bits, group_size = encoding.bits, encoding.group_size
-    importance = None if statistics is None else statistics.sum_squares
+    importance = None if statistics is None else statistics.loudness()
     nearest = quantise(pruned.weight, pruned.mask, importance, bits=bits, group_size=group_size)
     if statistics is None or statistics.gram is None:
         return nearest
