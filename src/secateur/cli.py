@@ -84,6 +84,9 @@ def derive(
         int | None,
         typer.Option(help="Input positions that share a scale: 32, 64 or 128.", show_default="int8: 128, int4: 64"),
     ] = None,
+    embedding_values: Annotated[
+        str | None, typer.Option(help="Embedding and head beside int8 or int4: int8 or int4.", show_default="int8")
+    ] = None,
     trim_vocabulary: Annotated[
         bool | None,
         typer.Option(
@@ -129,6 +132,7 @@ def derive(
         "propagate": propagate,
         "values": values,
         "group_size": group_size,
+        "embedding_values": embedding_values,
         "trim_vocabulary": trim_vocabulary,
         "correction": correction,
         "first_token_weight": first_token_weight,

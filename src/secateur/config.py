@@ -16,6 +16,7 @@ from secateur.errors import ConfigError
 
 Granularity = Literal["per_output", "per_layer"]
 Values = Literal["base", "int8", "int4"]
+EmbeddingValues = Literal["int8", "int4"]
 GroupSize = Literal[32, 64, 128]
 # Of the drift of the inputs, for methods that know the parent's: all of it fits the calibration text too closely.
 DEFAULT_CORRECTION = 0.5
@@ -65,6 +66,9 @@ class Recipe(BaseModel):
         Precision of the weights that are kept: `base` (the base model's own, exact), `int8` or `int4`.
     group_size
         Input positions that share a scale, for `int8` (128 when None) and `int4` (64); None with `base`.
+    embedding_values
+        Precision of embedding and head where `values` are integers: `int8`, or `int4`, which some models hardly feel
+        and others cannot bear.
     trim_vocabulary
         Whether the head computes only the tokens that the domains' text is made of.
     correction
@@ -92,6 +96,7 @@ class Recipe(BaseModel):
     propagate: bool = True
     values: Values = "base"
     group_size: Annotated[GroupSize | None, Field(validate_default=True)] = None
+    embedding_values: EmbeddingValues = "int8"
     trim_vocabulary: bool = False
     recover: Annotated[int, Field(ge=0)] = 0
     correction: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = DEFAULT_CORRECTION
@@ -104,6 +109,15 @@ class Recipe(BaseModel):
         if value is not None and info.data.get("values") == "base":
             raise ValueError("only int8 and int4 values have groups; leave it out")
         return DEFAULT_GROUP_SIZES.get(info.data.get("values", "")) if value is None else value
+
+    @field_validator("embedding_values", mode="after")
+    @classmethod
+    def _integers_beside_integers(cls, value: EmbeddingValues, info: ValidationInfo) -> EmbeddingValues:
+        """Refuse four bits for an embedding that is to stay the base model's own."""
+        is_open = info.data.get("target_size") is not None or info.data.get("keep_quality") is not None
+        if value != "int8" and info.data.get("values") == "base" and not is_open:
+            raise ValueError("with base values embedding and head are the base model's own; choose int8 or int4 values")
+        return value
 
     @field_validator("target_size", mode="before")
     @classmethod

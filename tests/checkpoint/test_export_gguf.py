@@ -94,15 +94,21 @@ def test_it_comes_back_as_it_was(family, values, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "kinds"),
-    [("base", {"F16"}), ("int8", {"Q8_0"}), ("int4", {"Q4_0", "Q8_0"})],
+    ("values", "embedding", "kinds"),
+    [
+        ("base", None, {"F16"}),
+        ("int8", None, {"Q8_0"}),
+        ("int4", None, {"Q4_0", "Q8_0"}),
+        ("int4", "int4", {"Q4_0"}),
+    ],
 )
-def test_types_hold_the_stored_values_exactly(values, kinds, tmp_path):
-    derive_tiny(save_base(tmp_path / "base", "qwen2", dtype=torch.float16), tmp_path / "sub", values=values)
+def test_types_hold_the_stored_values_exactly(values, embedding, kinds, tmp_path):
+    base = save_base(tmp_path / "base", "qwen2", dtype=torch.float16)
+    derive_tiny(base, tmp_path / "sub", values=values, embedding_values=embedding)
     found = matrices(export(tmp_path / "sub", output=tmp_path / "sub.gguf", format="gguf"))
     wanted = exact(tmp_path / "sub")
     assert {kind for kind, _ in found.values()} == kinds
-    assert found["token_embd.weight"][0] == ("F16" if values == "base" else "Q8_0")
+    assert found["token_embd.weight"][0] == ("F16" if values == "base" else "Q4_0" if embedding else "Q8_0")
     for name, other in (("blk.1.attn_q", "self_attn.q_proj"), ("blk.1.ffn_down", "mlp.down_proj")):
         weight = wanted[f"model.layers.1.{other}.weight"].float().numpy()
         np.testing.assert_array_equal(found[f"{name}.weight"][1], weight)

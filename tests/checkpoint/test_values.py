@@ -223,6 +223,7 @@ def test_the_card_says_what_was_rounded(submodel):
     card = (submodel["int4"] / "README.md").read_text()
     assert "| values | int4, groups of 64 |" in card
     assert "embedding and head are the parent's in int8" in card
+    assert "powers of two that the weights around them make up for" in card
 
 
 def test_two_derivations_give_the_same_bytes(base, submodel, tmp_path):

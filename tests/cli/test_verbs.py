@@ -63,6 +63,7 @@ def test_derive_as_json_with_a_recipe_and_a_flag_that_wins(inputs, work, capsys)
         "propagate": False,
         "values": "base",
         "group_size": None,
+        "embedding_values": "int8",
         "trim_vocabulary": False,
         "recover": 0,
         "correction": 0.5,

@@ -23,7 +23,7 @@ from secateur.pruning.equalise import (
 )
 from secateur.pruning.masks import Target, keep_top
 from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights
-from tests.tiny import FAMILIES, save_tiny, tiny_model
+from tests.tiny import FAMILIES, OTHER_FAMILIES, save_tiny, tiny_model
 
 
 def expected_cost(weight, loudness, exponents, group_size, sparsity):
@@ -92,8 +92,11 @@ def test_statistics_are_those_of_the_quieter_input():
     torch.testing.assert_close(found.cross, (z / 2.0**exponents).T @ quiet)
 
 
-def block_of(family):
-    model = tiny_model(family).eval()
+LAST = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "w2", "out_proj", "ff_out")
+
+
+def block_of(family, **changes):
+    model = tiny_model(family, **changes).eval()
     block = find_blocks(model)[0]
     module = model.get_submodule(block.name)
     for parameter in module.parameters():
@@ -143,21 +146,34 @@ def test_the_source_of_an_input_is_found(family, linears, source):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("family", sorted({**FAMILIES}))
+ALL = {**FAMILIES, **OTHER_FAMILIES}
+# GELU knows no scale, and the gate and up projection of phi3 are one linear of twice as many outputs.
+WITHOUT_SOURCE = {"gpt_bigcode", "phi3", "starcoder2"}
+
+
+@pytest.mark.parametrize("family", sorted(ALL))
 def test_every_family_stays_the_same_function(family):
-    module, run = block_of(family)
+    module, run = block_of("gemma3_text" if family == "gemma3" else family)
     before = run()
-    down = [name for name, one in module.named_modules() if isinstance(one, nn.Linear) and "down" in name]
-    for name in down[:1]:
-        source = find_source(module, (name,), run)
-        if source is None:
-            continue
-        weight = module.get_parameter(f"{name}.weight").data
+    linears = [name for name, one in module.named_modules() if isinstance(one, nn.Linear)]
+    last = [name for name in linears if name.rpartition(".")[2] in LAST]
+    assert last
+    source = find_source(module, last[:1], run)
+    assert (source is None) == (family in WITHOUT_SOURCE)
+    if source is not None:
+        weight = module.get_parameter(f"{last[0]}.weight").data
         exponents = torch.randint(LOWEST, HIGHEST, (weight.shape[1],))
-        module.get_parameter(f"{name}.weight").data = louder(weight, exponents)
+        module.get_parameter(f"{last[0]}.weight").data = louder(weight, exponents)
         for full, one in quieter(source.parameters(module), exponents).items():
             module.get_parameter(full).data = one
         assert torch.equal(run(), before)
+
+
+def test_values_are_the_source_of_what_attention_puts_out():
+    module, run = block_of("qwen2", num_key_value_heads=4)
+    assert find_source(module, ("self_attn.o_proj",), run) == Source("self_attn.v_proj", True)
+    grouped, run = block_of("qwen2")  # a value serves several heads
+    assert find_source(grouped, ("self_attn.o_proj",), run) is None
 
 
 def test_linears_that_no_text_reaches_tell_nothing():
@@ -196,12 +212,12 @@ def test_int4_of_a_loud_model_loses_less(loud, tmp_path, sparsity, monkeypatch):
     assert (ours - whole).square().mean() < 0.7 * (plain - whole).square().mean()
 
 
-def test_the_mask_does_not_change_but_by_rounding(loud, tmp_path):
+def test_the_mask_does_not_change(loud, tmp_path):
     options = {"method": "admm", "correction": 0.0, "propagate": False}
     floats = masks_and_weights(derive_tiny(loud, tmp_path / "floats", **options).path)
     ours = masks_and_weights(derive_tiny(loud, tmp_path / "ours", values="int4", **options).path)
     for name, (mask, _) in floats.items():
-        assert float((mask == ours[name][0]).float().mean()) > 0.98
+        assert torch.equal(mask, ours[name][0]), name
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(loud, tmp_path):
@@ -212,7 +228,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(loud, tmp_path):
 
 
 def test_recovery_learns_from_what_is_equally_loud(loud, tmp_path):
-    options = {"method": "admm", "recovery": calibration(samples=2, seed=1)}
+    options = {"method": "admm", "recovery": calibration(samples=300, seed=1)}
     whole = outputs(derive_tiny(loud, tmp_path / "floats", **options).path)
     ours = outputs(derive_tiny(loud, tmp_path / "ours", values="int4", **options).path)
     assert torch.isfinite(ours).all()

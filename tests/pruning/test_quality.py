@@ -1,23 +1,30 @@
 """Sub-models that keep a quality: what is tried, what is measured, and what an interruption leaves."""
 
 import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from secateur.calibration.packing import build_calibration_set
-from secateur.checkpoint.format import LOG, MANIFEST, read_json
+from secateur.checkpoint.format import LOCK, LOG, MANIFEST, read_json
 from secateur.config import Recipe, make_recipe
-from secateur.errors import ConfigError, CorpusError, OutputError
+from secateur.errors import ConfigError, CorpusError, OutputError, ResourceError
 from secateur.models.source import ModelFolder
 from secateur.pruning import derive as derive_module
+from secateur.pruning import forecast
 from secateur.pruning.base import Base
 from secateur.pruning.quality import SAMPLES, Judge, allowed_loss, kept, unseen_text
-from secateur.pruning.search import TRIALS, Trial, propose, search_folder
-from tests.calibration.texts import byte_tokenizer, write_data
+from secateur.pruning.search import propose
+from secateur.pruning.texts import Texts
+from secateur.pruning.trials import TRIALS, Trial, search_folder
+from tests.calibration.texts import byte_tokenizer, write_data, write_folder
 from tests.pruning.tiny_derivation import Interrupt, calibration, contents, derive_tiny
 from tests.tiny import save_tiny
 
@@ -108,13 +115,20 @@ def test_the_result_keeps_the_quality_and_is_a_plain_derivation(base, tmp_path):
     assert again.log == {}
 
 
-def test_values_that_are_left_open_are_the_smallest_that_keep_it(base, tmp_path, monkeypatch):
+@pytest.fixture
+def fake_judge(monkeypatch):
+    """The parent has 1 nat per token; int4 loses 0.05 and int8 0.001, and all 0.1 for each unit of sparsity."""
+
     def nats_of(_, folder):
         manifest = read_json(folder / MANIFEST)
         return 1 + {"int4": 0.05, "int8": 0.001}[manifest["values"]] + 0.1 * manifest["recipe"]["sparsity"]
 
     monkeypatch.setattr(Judge, "parent", lambda _: 1.0)
     monkeypatch.setattr(Judge, "submodel", nats_of)
+
+
+@pytest.mark.usefixtures("fake_judge")
+def test_values_that_are_left_open_are_the_smallest_that_keep_it(base, tmp_path):
     easy = derive_tiny(base, tmp_path / "easy", keep_quality=1 / 1.09)
     assert easy.manifest["values"] == "int4"
     assert easy.manifest["recipe"]["sparsity"] == pytest.approx(0.4, abs=0.03)
@@ -123,9 +137,12 @@ def test_values_that_are_left_open_are_the_smallest_that_keep_it(base, tmp_path,
     assert middle.manifest["recipe"]["sparsity"] == pytest.approx(0.39, abs=0.03)
     with pytest.raises(ConfigError, match=r"cannot be kept: int8 with 0.0% .* --resume"):
         derive_tiny(base, tmp_path / "hard", keep_quality=0.9999)
-    # What was measured serves another quality.
+    # What was measured serves another quality, and what comes out is what a search from the beginning finds.
     done = derive_tiny(base, tmp_path / "hard", keep_quality=1 / 1.02, resume=True)
-    assert done.manifest["values"] == "int8"
+    fresh = derive_tiny(base, tmp_path / "fresh", keep_quality=1 / 1.02)
+    assert done.manifest["values"] == fresh.manifest["values"] == "int8"
+    sparsities = [one.manifest["recipe"]["sparsity"] for one in (done, fresh)]
+    assert sparsities == pytest.approx([0.19, 0.19], abs=0.03)
     tried = [(one["values"], one["sparsity"]) for one in done.log["keep_quality"]["trials"]]
     assert len(set(tried)) == len(tried)
     assert not search_folder(tmp_path / "hard").exists()
@@ -147,18 +164,105 @@ def test_an_interrupted_search_goes_on(base, tmp_path):
     assert len(read_json(search_folder(tmp_path / "out") / TRIALS)["trials"]) == 1
     with pytest.raises(OutputError, match="interrupted search"):
         derive_tiny(base, tmp_path / "out", **options)
-    with pytest.raises(ConfigError, match="other options"):
+    with pytest.raises(ConfigError, match="another recipe"):
         derive_tiny(base, tmp_path / "out", resume=True, **options, granularity="per_layer")
     done = derive_tiny(base, tmp_path / "out", resume=True, **options)
     assert contents(done.path) == contents(whole.path)
     assert not search_folder(tmp_path / "out").exists()
 
 
-def test_damaged_trials_are_refused(base, tmp_path):
+@pytest.mark.parametrize("content", ['{"nats": "x"}', "{", "[]", '{"nats": 1, "trials": [{}], "asked": {}}'])
+def test_damaged_trials_are_refused(base, tmp_path, content):
     search_folder(tmp_path / "out").mkdir()
-    (search_folder(tmp_path / "out") / TRIALS).write_text('{"nats": "x"}')
-    with pytest.raises(Exception, match="damaged: delete the folder"):
+    (search_folder(tmp_path / "out") / TRIALS).write_text(content)
+    with pytest.raises(ConfigError, match="damaged: delete the folder"):
         derive_tiny(base, tmp_path / "out", keep_quality=0.9, resume=True)
+
+
+def test_a_kill_while_a_trial_is_deleted_does_no_harm(base, tmp_path, monkeypatch):
+    options = {"keep_quality": 0.99, "values": "base"}
+    whole = derive_tiny(base, tmp_path / "whole", **options)
+    rmtree, doomed = shutil.rmtree, []
+
+    def half(path, *arguments, **keywords):
+        if ".search" in str(path) and not doomed and any(Path(path).glob("*.safetensors")):
+            doomed.append(path)
+            next(Path(path).glob("*.safetensors")).unlink()
+            raise Interrupt
+        rmtree(path, *arguments, **keywords)
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    with pytest.raises(Interrupt):
+        derive_tiny(base, tmp_path / "out", **options)
+    done = derive_tiny(base, tmp_path / "out", resume=True, **options)
+    assert contents(done.path) == contents(whole.path)
+    assert not search_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_of_the_user_is_left_alone(base, tmp_path, resume):
+    folder = search_folder(tmp_path / "out")
+    (folder / "mine").mkdir(parents=True)
+    (folder / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(OutputError, match="no interrupted search"):
+        derive_tiny(base, tmp_path / "out", keep_quality=0.9, resume=resume)
+    assert (folder / "mine" / "notes.txt").read_text() == "x"
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+    with pytest.raises(OutputError, match="no interrupted search"):
+        derive_tiny(base, tmp_path / "out", keep_quality=0.9, resume=resume)
+
+
+def test_what_the_user_adds_survives(base, tmp_path):
+    def add(stage, *_):
+        if stage == "prune":
+            (search_folder(tmp_path / "out") / "notes.txt").write_text("x")
+
+    derive_tiny(base, tmp_path / "out", keep_quality=0.9, values="int4", progress=add)
+    assert [path.name for path in search_folder(tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.usefixtures("fake_judge")
+def test_only_a_search_for_this_quality_is_finished(base, tmp_path):
+    derive_tiny(base, tmp_path / "plain", sparsity=0.9, values="int4")
+    with pytest.raises(OutputError, match="no search for this quality"):
+        derive_tiny(base, tmp_path / "plain", keep_quality=0.9, resume=True)
+    derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.09, values="int4")
+    assert derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.095, values="int4", resume=True).log == {}
+    with pytest.raises(OutputError, match="no search for this quality"):
+        derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.07, values="int4", resume=True)
+    with pytest.raises(OutputError, match="values"):
+        derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.09, values="int8", resume=True)
+
+
+def test_another_base_is_refused(base, tmp_path):
+    def stop(stage, done, _):
+        if (stage, done) == ("prune", 1):
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        derive_tiny(base, tmp_path / "out", keep_quality=0.99, progress=stop)
+    shutil.rmtree(base)
+    save_tiny(base, seed=5)
+    with pytest.raises(ConfigError, match="begun with another base_model"):
+        derive_tiny(base, tmp_path / "out", keep_quality=0.99, resume=True)
+
+
+def test_two_searches_do_not_share_a_folder(base, tmp_path):
+    search_folder(tmp_path / "out").mkdir()
+    with (
+        FileLock(search_folder(tmp_path / "out") / LOCK),
+        pytest.raises(OutputError, match="another process searches"),
+    ):
+        derive_tiny(base, tmp_path / "out", keep_quality=0.9, resume=True)
+
+
+def test_too_little_memory_is_said_before_the_parent_is_loaded(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast, "available_memory", lambda: 1000)
+    monkeypatch.setattr(Judge, "parent", lambda _: 1 / 0)
+    with pytest.raises(ResourceError, match="quality"):
+        derive_tiny(base, tmp_path / "out", keep_quality=0.9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
 def test_an_error_before_anything_is_measured_leaves_nothing(base, tmp_path, monkeypatch):
@@ -187,24 +291,45 @@ def test_the_recipe_of_a_result_does_not_name_it():
 
 
 @pytest.mark.parametrize("mixture", [(("python", 1.0),), (("python", 0.7), ("java", 0.3))])
-def test_unseen_text_is_not_in_the_calibration_set(tmp_path, mixture):
+@pytest.mark.parametrize("recovered", [0, 5, 30])
+def test_unseen_text_shares_nothing_with_what_was_seen(tmp_path, mixture, recovered):
+    for domain in ("python", "java"):
+        lines = 40 if domain == "python" else 30
+        write_folder(tmp_path / domain / "train", [f"{domain} {number}.py" for number in range(60)], lines)
+    settings = {"sequence_length": 64, "seed": 3, "data": tmp_path}
+    mixture = tuple((str(tmp_path / domain), weight) for domain, weight in mixture)
+    tokenizer = byte_tokenizer()
+    made = build_calibration_set(mixture, tokenizer, samples=8, **settings)
+    learnt = build_calibration_set(mixture, tokenizer, samples=recovered, **settings) if recovered else None
+    unseen = unseen_text(Texts(made, learnt), tokenizer, tmp_path)
+    assert unseen.shape == (SAMPLES, 64)
+    seen = windows(made.token_ids) | (windows(learnt.token_ids) if learnt else set())
+    assert not windows(unseen) & seen
+    assert len({row.tobytes() for row in unseen}) == SAMPLES
+
+
+def windows(token_ids, size=40):
+    """All stretches of tokens, each of which has a line that occurs once in the corpus."""
+    return {row[start : start + size].tobytes() for row in token_ids for start in range(len(row) - size + 1)}
+
+
+def test_too_little_text_is_an_error(tmp_path):
     for domain in ("python", "java"):
         write_data(tmp_path, domain)
     settings = {"sequence_length": 64, "seed": 3, "data": tmp_path}
-    made = build_calibration_set(mixture, byte_tokenizer(), samples=8, **settings)
-    unseen = unseen_text(made, byte_tokenizer(), tmp_path)
-    assert unseen.shape == (SAMPLES, 64)
-    known = {row.tobytes() for row in made.token_ids}
-    assert not any(row.tobytes() in known for row in unseen)
-    most = next(n for n in range(8, 2000) if not enough(mixture, n + SAMPLES, settings))
+    made = build_calibration_set((("python", 1.0),), byte_tokenizer(), samples=8, **settings)
+    assert unseen_text(Texts(made, None), byte_tokenizer(), tmp_path).shape == (SAMPLES, 64)
+    more = replace(made, token_ids=made.token_ids.repeat(100, axis=0))
     with pytest.raises(CorpusError, match="quality is measured on"):
-        unseen_text(
-            build_calibration_set(mixture, byte_tokenizer(), samples=most, **settings), byte_tokenizer(), tmp_path
-        )
+        unseen_text(Texts(more, None), byte_tokenizer(), tmp_path)
 
 
-def enough(mixture, samples, settings):
-    try:
-        return build_calibration_set(mixture, byte_tokenizer(), samples=samples, **settings)
-    except CorpusError:
-        return None
+def test_other_text_than_that_of_the_calibration_set_is_refused(tmp_path):
+    for name in ("one", "two"):
+        write_data(tmp_path / name, "python")
+    (tmp_path / "two" / "python").mkdir(exist_ok=True)
+    settings = {"sequence_length": 64, "seed": 3}
+    made = build_calibration_set((("python", 1.0),), byte_tokenizer(), samples=8, data=tmp_path / "one", **settings)
+    other = replace(made, provenance=tuple(replace(one, sha256="0" * 64) for one in made.provenance))
+    with pytest.raises(ConfigError, match="name the data folder"):
+        unseen_text(Texts(other, None), byte_tokenizer(), tmp_path / "one")

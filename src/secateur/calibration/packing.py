@@ -110,6 +110,51 @@ def build_calibration_set(
     return CalibrationSet(token_ids, seed, mixture, provenance, token_ids_hash(token_ids))
 
 
+def unseen_sequences(
+    mixture: Sequence[tuple[str, float]],
+    tokenizer: Tokenizer,
+    *,
+    seen: int,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    data: Path | None = None,
+) -> tuple[NDArray[np.int64], tuple[Provenance, ...]]:
+    """Return sequences of the text that follows what a calibration set has taken, and where it comes from.
+
+    Parameters
+    ----------
+    mixture, tokenizer, sequence_length, seed, data
+        Those of the calibration set.
+    seen
+        Its samples; of several sets, the most.
+    samples
+        How many sequences there are to be, shared out by weight; each is of one domain.
+
+    Returns
+    -------
+    int64 [samples, sequence_length], and the provenance.
+
+    Raises
+    ------
+    CorpusError
+        When a corpus has not so much text.
+    """
+    begin = begin_tokens(tokenizer)
+    mixture, width = normalise_mixture(mixture), sequence_length - len(begin)
+    shares = sorted(((domain_key(domain), weight, domain) for domain, weight in mixture), key=lambda share: share[::2])
+    weights = [(key, weight) for key, weight, _ in shares]
+    taken, wanted = apportion(seen * width, weights), apportion(samples, weights)
+    corpora = {domain: load_corpus(domain, TRAIN, data) for domain, _ in mixture}
+    rows: list[list[int]] = []
+    for (key, _, domain), count, more in zip(shares, taken, wanted, strict=True):
+        if more:
+            whole = (-(-count // width) + more) * width
+            rows += _pack(corpora[domain], tokenizer, count=whole, width=width, seed=seed, key=key)[0][-more:]
+    provenance = tuple(entry for domain, _ in mixture for entry in corpora[domain].provenance)
+    return np.array([[*begin, *row] for row in rows], dtype=np.int64), provenance
+
+
 def token_ids_hash(token_ids: NDArray[np.int64]) -> str:
     """Return the SHA-256 over "ROWSxCOLUMNS\\n" and the ids as little-endian int64, row by row."""
     rows, columns = token_ids.shape

@@ -46,11 +46,9 @@ _TRIMMED = (
 _RECOVERED = (
     "\n| recovery | learnt the parent's probabilities on {samples} x {sequence_length} tokens, SHA-256 `{sha256}` |"
 )
-_UNTOUCHED, _ROUNDED = "embeddings and head are those of the parent", "embedding and head are the parent's in int8"
-_NORMS = {
-    True: "norms and biases inside the blocks have learnt with the weights",
-    False: "norms are those of the parent",
-}
+_UNTOUCHED, _ROUNDED = "embeddings and head are those of the parent", "embedding and head are the parent's in {values}"
+_LEARNT, _SAME = "norms and biases inside the blocks have learnt with the weights", "norms are those of the parent"
+_SCALED = "norms are the parent's, but for powers of two that the weights around them make up for"
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
@@ -58,6 +56,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     recipe, calibration = manifest["recipe"], manifest["calibration"]
     sources = "; ".join(f"{one['source']} {one['version']} ({one['licence']})" for one in calibration["provenance"])
     groups = recipe.get("group_size")
+    outside = _ROUNDED.format(values=recipe.get("embedding_values", "int8")) if groups else _UNTOUCHED
     return _TEMPLATE.format(
         base=manifest["base_model"]["name"],
         quoted_base=json.dumps(manifest["base_model"]["name"]),
@@ -70,7 +69,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         budget=recipe["budget"],
         head=_describe_head(manifest.get("shortlist")),
         values=manifest["values"] + (f", groups of {groups}" if groups else ""),
-        outside=f"{_ROUNDED if groups else _UNTOUCHED}, {_NORMS['recovery' in manifest]}",
+        outside=f"{outside}, {_LEARNT if 'recovery' in manifest else _SCALED if groups else _SAME}",
         samples=recipe["samples"],
         sequence_length=recipe["sequence_length"],
         seed=recipe["seed"],

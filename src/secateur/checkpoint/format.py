@@ -14,7 +14,8 @@ from secateur.errors import CheckpointError
 
 QUANT_METHOD = "secateur"
 FORMAT, LAYOUT = "bitmask", "rows"
-# A file says the lowest version that describes it: only what has unmasked weights or a shortlist needs the second.
+# A file says the lowest version that describes it: only what has unmasked weights, a shortlist,
+# or a dense matrix that is not int8 needs the second.
 VERSIONS = (1, 2)
 MANIFEST = "secateur.json"
 LOG = "derivation.log.json"
@@ -58,8 +59,9 @@ class Encoding:
 
 
 FLOATS = Encoding("+".join(FLOAT_VALUES))
-# Embedding and head of a sub-model whose other weights are integers.
-DENSE_ENCODING = Encoding("int8", 128)
+# Embedding and head of a sub-model whose other weights are integers, by what they are asked to be.
+DENSE_ENCODINGS = {"int8": Encoding("int8", 128), "int4": Encoding("int4", 32)}
+DENSE_ENCODING = DENSE_ENCODINGS["int8"]  # of all in version 1
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,11 @@ def quantization_config(stored: Stored) -> dict[str, Any]:
     if stored.shortlist is not None:
         extensions["shortlist"] = asdict(stored.shortlist)
     dense = {"dense": _describe(stored.dense)} if stored.dense.shapes else {}
+    second = extensions or (dense and stored.dense.encoding.values == "int4")
     return {
         "quant_method": QUANT_METHOD,
         "format": FORMAT,
-        "version": VERSIONS[1] if extensions else VERSIONS[0],
+        "version": VERSIONS[1] if second else VERSIONS[0],
         "layout": LAYOUT,
         **_describe(stored.pruned),
         **dense,
@@ -192,7 +195,7 @@ def check_quantization_config(raw: object) -> Stored:
 
 
 def _dense_weights(dense: object, version: int) -> StoredWeights:
-    known = (DENSE_ENCODING.values,) if version == VERSIONS[0] else (DENSE_ENCODING.values, *FLOAT_VALUES)
+    known = (DENSE_ENCODING.values,) if version == VERSIONS[0] else (*DENSE_ENCODINGS, *FLOAT_VALUES)
     if not isinstance(dense, dict) or dense.get("values") not in known:
         raise _foreign("dense", dense, f"matrices whose values are {' or '.join(known)}")
     return _stored_weights(dense)

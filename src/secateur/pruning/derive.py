@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from secateur.calibration.mixture import domain_items, parse_mixture
-from secateur.calibration.packing import CalibrationSet, build_calibration_set
+from secateur.calibration.packing import CalibrationSet, build_calibration_set, token_ids_hash
 from secateur.calibration.shortlist import TokenChoice, choose_tokens
 from secateur.checkpoint.format import MANIFEST, read_json
 from secateur.config import Recipe, make_recipe
@@ -24,9 +24,10 @@ from secateur.pruning.job import Job, forecast_job
 from secateur.pruning.loop import Progress
 from secateur.pruning.methods import METHODS
 from secateur.pruning.quality import Judge, unseen_text
-from secateur.pruning.search import Trials, check_search, find_sparsity, settled
+from secateur.pruning.search import find_sparsity
 from secateur.pruning.size import fit
 from secateur.pruning.texts import Texts, check_length
+from secateur.pruning.trials import SEARCHED, check_kept, check_search, clear, is_open, open_trials, search_folder
 from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder
 
 
@@ -89,6 +90,7 @@ def derive(
     propagate: bool = True,
     values: str | None = None,
     group_size: int | None = None,
+    embedding_values: str | None = None,
     trim_vocabulary: bool = False,
     recovery: CalibrationSet | None = None,
     correction: float | None = None,
@@ -112,8 +114,8 @@ def derive(
         The folder to write; it must not exist.
     preset
         A name in `secateur.config.PRESETS`; `balanced` without it and without a method.
-    sparsity, target_size, keep_quality, method, budget, granularity, propagate, values, group_size, trim_vocabulary,
-    correction, first_token_weight
+    sparsity, target_size, keep_quality, method, budget, granularity, propagate, values, group_size, embedding_values,
+    trim_vocabulary, correction, first_token_weight
         See `secateur.config.Recipe`.
     recovery
         Token ids [sequences, length] that the pruned model learns from beside its parent; None: it does not.
@@ -158,6 +160,7 @@ def derive(
             "propagate": propagate,
             "values": values,
             "group_size": group_size,
+            "embedding_values": embedding_values,
             "trim_vocabulary": trim_vocabulary,
             "correction": correction,
             "first_token_weight": first_token_weight,
@@ -247,24 +250,28 @@ def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -
     if quality is None:
         return _derive(base, recipe, texts, execution)
     if execution.resume and os.path.lexists(output):
-        return _derive(base, settled(recipe, output), texts, execution)
-    check_output(output, resume=execution.resume)
-    trials = Trials(output, recipe, texts.calibration.sha256, resume=execution.resume)
-    device = checked_device(execution.device)
+        finished = _derive(base, check_kept(output, recipe, quality), texts, execution)
+        clear(search_folder(output))  # left there by a run that was killed at its very end
+        return finished
+    device, threads = checked_device(execution.device), execution.threads or torch.get_num_threads()
     texts.check(base.model)
-    unseen = unseen_text(texts.calibration, load_tokenizer(base.folder), execution.data)
+    forecast_job(base, recipe, texts.calibration.token_ids.size, texts.recovery, threads, search_folder(output))
+    unseen = unseen_text(texts, load_tokenizer(base.folder), execution.data)
+    plan = _plan(base, recipe, texts, None, execution)
+    settled = SEARCHED if is_open(recipe) else SEARCHED[:1]
+    asked = {key: one for key, one in plan.items() if not key.startswith("run_")} | {
+        "recipe": plan["recipe"] | dict.fromkeys(settled),
+        "unseen": token_ids_hash(unseen),
+    }
+    judge = Judge(base, unseen, device, lambda done, total: execution.progress("measure", done, total))
 
     def one(recipe: Recipe, place: Path) -> None:
         _derive(base, recipe, texts, replace(execution, output=place, resume=True))
 
-    judge = Judge(base, unseen, device, lambda done, total: execution.progress("measure", done, total))
-    try:
-        with limited_threads(execution.threads or torch.get_num_threads()):
+    with open_trials(output, asked, resume=execution.resume) as trials:
+        with limited_threads(threads):
             best = find_sparsity(trials, recipe, quality, judge, one, execution.announce or (lambda _: None))
-    except Exception:
-        trials.discard_empty()
-        raise
-    log = trials.publish(best)
+        log = trials.publish(best)
     return SubModel(output, read_json(output / MANIFEST), log)
 
 

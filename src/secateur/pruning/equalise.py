@@ -21,7 +21,7 @@ from secateur.models.structure import Block
 from secateur.models.weights import set_parameters
 from secateur.pruning.masks import Target, keep_top
 
-LOWEST, HIGHEST = -3, 10
+LOWEST, HIGHEST = -3, 6  # so that no scale leaves the range of float16, which GGUF files have
 _ROWS = 1024
 _GAIN, _TINY = 1e-4, 1e-30  # a move that gains less than that share is none
 

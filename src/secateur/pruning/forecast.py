@@ -83,8 +83,8 @@ def make_forecast(demand: Demand, output: Path) -> Forecast:
     disk = demand.disk() + map_activations * activations - sum(path.stat().st_size for path in written)
     if budget > MEMORY_SHARE * memory:
         raise ResourceError(
-            f"measuring a budget holds the whole model, about {_size(budget)} of memory, and {_size(memory)} are free: "
-            "use --budget uniform, or a larger machine"
+            f"measuring a budget or a quality holds the whole model, about {_size(budget)} of memory, and "
+            f"{_size(memory)} are free: use --budget uniform and no --keep-quality, or a larger machine"
         )
     if recovery > MEMORY_SHARE * memory:
         raise ResourceError(

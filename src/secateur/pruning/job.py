@@ -20,7 +20,6 @@ from secateur.checkpoint.bitmask import PackedWeight
 from secateur.checkpoint.dense import DenseWeight
 from secateur.checkpoint.format import (
     ACTIVATIONS,
-    DENSE_ENCODING,
     FLOATS,
     LOG,
     MANIFEST,
@@ -55,7 +54,7 @@ from secateur.pruning.methods import METHODS
 from secateur.pruning.pupil import open_pupil
 from secateur.pruning.recovery import Pupil, recover
 from secateur.pruning.size import Footprint
-from secateur.pruning.weight import encoding_of, is_unmasked, pack_weight
+from secateur.pruning.weight import dense_encoding_of, encoding_of, is_unmasked, pack_weight
 from secateur.pruning.workspace import Workspace
 
 TOKENS_PER_BATCH = 2048  # in one forward pass over the calibration set
@@ -177,14 +176,14 @@ class Job:
         """Prune into a folder, unless that is done already, and return what is to learn."""
         folder.mkdir(exist_ok=True)
         shards = [self._shard(folder, block) for block in self.base.blocks]
-        stored, encoding = Stored(StoredWeights(FLOATS, self.base.shapes())), encoding_of(self.recipe)
+        stored = Stored(StoredWeights(FLOATS, self.base.shapes()))
         whole = self.workspace.folder / PRUNED_WHOLE
         if whole.exists():
             with suppress(CheckpointError):  # a shard that the disk has damaged is made again
-                return open_pupil(self.base, shards, stored, encoding, self.device)
+                return open_pupil(self.base, shards, stored, self.recipe, self.device)
         prune_blocks(self._block_run(folder, FLOATS, timings), progress, timings)
         whole.touch()
-        return open_pupil(self.base, shards, stored, encoding, self.device)
+        return open_pupil(self.base, shards, stored, self.recipe, self.device)
 
     def _learnt_is_written(self) -> bool:
         """Return whether an interrupted run has finished all blocks."""
@@ -313,7 +312,7 @@ class Job:
                     return Stored(pruned)
                 dense_encoding = Encoding(VALUE_NAMES[reader.mapped(head.weight).dtype])
             return Stored(pruned, StoredWeights(dense_encoding, self._outer_shapes((head.weight,))), shortlist=head)
-        dense = StoredWeights(DENSE_ENCODING, self._outer_shapes(embedding_weights(self.base.model)))
+        dense = StoredWeights(dense_encoding_of(self.recipe), self._outer_shapes(embedding_weights(self.base.model)))
         unmasked = frozenset(name for name, target in self.sparsity.items() if is_unmasked(encoding, target))
         return Stored(StoredWeights(encoding, shapes), dense, unmasked, head)
 

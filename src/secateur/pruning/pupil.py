@@ -6,21 +6,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoint.format import DENSE_ENCODING, Encoding, Stored
+from secateur.checkpoint.format import Encoding, Stored
 from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.checkpoint.shards import open_shard
+from secateur.config import Recipe
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
 from secateur.pruning.recovery import Grid, Pupil
+from secateur.pruning.weight import dense_encoding_of, encoding_of
 
 
-def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, encoding: Encoding, device: torch.device) -> Pupil:
-    """Load a base model, and beside it the same with the blocks of pruned shards; `encoding` is what it is to become.
+def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, recipe: Recipe, device: torch.device) -> Pupil:
+    """Load a base model, and beside it the same with the blocks of pruned shards; `recipe` says what it is to become.
 
     Both run in the precision of the base's blocks; float16, whose gradients would vanish, as bfloat16. Where values are
     to be integers, embedding and head of the pruned model are rounded as they will be.
     """
-    tensors, dtype = base.tensors(device), base.computing_dtype()
+    tensors, dtype, encoding = base.tensors(device), base.computing_dtype(), encoding_of(recipe)
     blocks: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     grids: dict[str, Grid] = {}
@@ -37,12 +39,16 @@ def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, encoding: Enc
                     grids[name] = Grid(found.scales.to(device), encoding)
     outside = {name: tensors[name] for name in base.outer_names()}
     if encoding.bits:  # embedding and head will be integers too
-        outside |= {name: _rounded(outside[name]) for name in embedding_weights(base.model) if name in outside}
+        outside |= {
+            name: _rounded(outside[name], dense_encoding_of(recipe))
+            for name in embedding_weights(base.model)
+            if name in outside
+        }
     model = base.loaded(outside | {name: one.to(dtype, copy=True) for name, one in blocks.items()})
     weights = {name: nn.Parameter(one.float()) for name, one in blocks.items()}
     return Pupil(model, base.loaded(tensors), weights, masks, grids)
 
 
-def _rounded(weight: Tensor) -> Tensor:
-    options = {"bits": DENSE_ENCODING.bits, "group_size": DENSE_ENCODING.group_size}
+def _rounded(weight: Tensor, encoding: Encoding) -> Tensor:
+    options = {"bits": encoding.bits, "group_size": encoding.group_size}
     return dequantise(quantise(weight, None, None, **options), **options, dtype=weight.dtype).to(weight.device)

@@ -14,14 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from secateur.calibration.packing import CalibrationSet, build_calibration_set
+from secateur.calibration.packing import unseen_sequences
 from secateur.calibration.spans import Tokenizer
 from secateur.checkpoint.opened import open_submodel
 from secateur.checkpoint.shards import read_shard
-from secateur.errors import CorpusError, ModelError
+from secateur.errors import ConfigError, CorpusError, ModelError
 from secateur.files import release_freed_memory
 from secateur.models.likelihood import token_log_likelihood
 from secateur.pruning.base import Base
+from secateur.pruning.texts import Texts
 
 SAMPLES = 32  # sequences that quality is measured on
 
@@ -62,28 +63,35 @@ class Judge:
         return total / (sequences * (self._token_ids.shape[1] - 1))
 
 
-def unseen_text(calibration: CalibrationSet, tokenizer: Tokenizer, data: Path | None) -> NDArray[np.int64]:
-    """Return sequences of the domains of a calibration set that are not in it, int64 [about SAMPLES, length].
+def unseen_text(texts: Texts, tokenizer: Tokenizer, data: Path | None) -> NDArray[np.int64]:
+    """Return sequences of the same domains that are in none of some texts, int64 [SAMPLES, length].
 
     Raises
     ------
     CorpusError
         When there is no more text.
+    ConfigError
+        When what is found is not what the texts were drawn from.
     """
+    calibration = texts.calibration
     try:
-        more = build_calibration_set(
+        found, provenance = unseen_sequences(
             calibration.mixture,
             tokenizer,
-            samples=calibration.samples + SAMPLES,
+            seen=max(text.samples for text in (calibration, texts.recovery) if text is not None),
+            samples=SAMPLES,
             sequence_length=calibration.sequence_length,
             seed=calibration.seed,
             data=data,
         )
     except CorpusError as error:
         raise CorpusError(f"{error} ({SAMPLES} of the samples here are those that quality is measured on)") from None
-    known = {row.tobytes() for row in calibration.token_ids}
-    unseen = [row for row in more.token_ids if row.tobytes() not in known]
-    return np.stack(unseen[-SAMPLES:])
+    if provenance != calibration.provenance:
+        raise ConfigError(
+            "the text that is found to measure quality is not that of the calibration set: name the data folder "
+            "that it was drawn from"
+        )
+    return found
 
 
 def allowed_loss(nats: float, quality: float) -> float:

@@ -1,21 +1,17 @@
 """The search for the sparsity at which a sub-model keeps a given quality: derive, measure, propose, and so on."""
 
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from secateur.checkpoint.format import INTEGER_BITS, LOG, MANIFEST, dump_json, read_json
+from secateur.checkpoint.format import INTEGER_BITS
 from secateur.config import DEFAULT_GROUP_SIZES, Recipe, Values
-from secateur.errors import CheckpointError, ConfigError, OutputError
-from secateur.files import atomic_write_bytes
+from secateur.errors import ConfigError
 from secateur.pruning.budgets import GROWTH
 from secateur.pruning.quality import Judge, allowed_loss, kept
 from secateur.pruning.size import HIGHEST
+from secateur.pruning.trials import Trial, Trials, is_open
 
-TRIALS = "trials.json"
 _FIRST, _PRECISION, _LONGEST_STEP = 0.5, 0.02, 0.25
 _WORTHWHILE = 0.03  # what a bitmask has to save beyond its own size, in shares of the weights
 # Of the loss that is allowed: what is aimed at, so that the next trial is more often good than not.
@@ -23,23 +19,6 @@ _AIM = 0.97
 _LEAST_LOSS = 1e-4  # in nats; what is less is noise, and has no logarithm
 # Where the values are left open: from the smallest, to which pruning then adds, to those that lose nothing.
 _KINDS: tuple[Values, ...] = ("int4", "int8")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One sub-model that was measured.
-
-    Attributes
-    ----------
-    values, sparsity
-        What it was derived with.
-    loss
-        Nats per token that it loses beside its parent; below 0 when it is better.
-    """
-
-    values: Values
-    sparsity: float
-    loss: float
 
 
 def propose(trials: Sequence[Trial], values: Values, allowed: float) -> float | None:
@@ -94,109 +73,6 @@ def _logarithm(trial: Trial) -> float:
     return math.log(max(trial.loss, _LEAST_LOSS))
 
 
-class Trials:
-    """The folder `OUT.search/` with the trials of one derivation, until the best of them becomes OUT.
-
-    Raises
-    ------
-    OutputError
-        When an interrupted search is there that is not to be resumed.
-    ConfigError
-        When it was begun with other options.
-    """
-
-    def __init__(self, output: Path, recipe: Recipe, text: str, *, resume: bool) -> None:
-        self.output, self.folder = output, search_folder(output)
-        searched = ("sparsity", "values", "group_size") if _is_open(recipe) else ("sparsity",)
-        self._asked = {key: one for key, one in recipe.to_dict().items() if key not in searched} | {"text": text}
-        self.nats: float | None = None
-        self.done: list[Trial] = []
-        check_search(output, resume=resume)
-        if (self.folder / TRIALS).is_file():
-            self._take_up(read_json(self.folder / TRIALS))
-
-    def _take_up(self, content: Mapping[str, Any]) -> None:
-        try:
-            self.nats = float(content["nats"])
-            self.done = [Trial(**one) for one in content["trials"]]
-            same = content["asked"] == self._asked
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(
-                f"{str(self.folder / TRIALS)!r} is damaged: delete the folder to start afresh"
-            ) from None
-        if not same:
-            raise ConfigError(
-                f"{str(self.folder)!r} was begun with other options or text: use the same to resume (only the quality "
-                "may be another), or delete the folder to start afresh"
-            )
-
-    def save(self) -> None:
-        """Write down what was measured."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        content = {"asked": self._asked, "nats": self.nats, "trials": [asdict(trial) for trial in self.done]}
-        atomic_write_bytes(self.folder / TRIALS, dump_json(content))
-
-    def place(self, values: Values, sparsity: float) -> Path:
-        """Return the folder of a trial."""
-        return self.folder / f"{values}-{sparsity:.4f}"
-
-    def best(self, allowed: float) -> Trial | None:
-        """Return the good trial whose sparsity is highest, of the first values that have one."""
-        good = [trial for trial in self.done if trial.loss <= allowed]
-        same = [trial for trial in good if trial.values == good[0].values]
-        return max(same, key=lambda trial: trial.sparsity, default=None)
-
-    def forget(self, allowed: float) -> None:
-        """Delete the folders of all trials but the best."""
-        best = self.best(allowed)
-        for trial in self.done:
-            if trial != best:
-                shutil.rmtree(self.place(trial.values, trial.sparsity), ignore_errors=True)
-
-    def discard_empty(self) -> None:
-        """Delete the folder where nothing in it could be resumed."""
-        if not self.done and not any(path.is_dir() for path in self.folder.glob("*")):
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def publish(self, trial: Trial) -> dict[str, Any]:
-        """Move a trial to its place, delete all else, and return the log, which now tells of all trials."""
-        place = self.place(trial.values, trial.sparsity)
-        measured = {"parent_nats": self.nats, "trials": [asdict(one) for one in self.done]}
-        log = read_json(place / LOG) | {"keep_quality": measured}
-        atomic_write_bytes(place / LOG, dump_json(log))
-        place.rename(self.output)
-        shutil.rmtree(self.folder)
-        return log
-
-
-def _is_open(recipe: Recipe) -> bool:
-    """Return whether a recipe leaves it open which values are stored."""
-    return "values" not in recipe.model_fields_set
-
-
-def settled(recipe: Recipe, finished: Path) -> Recipe:
-    """Return a recipe with the sparsity and values of a finished sub-model, if it is one."""
-    try:
-        found = read_json(finished / MANIFEST)["recipe"]
-        return recipe.model_copy(update={key: found[key] for key in ("sparsity", "values", "group_size")})
-    except (CheckpointError, KeyError, TypeError):
-        return recipe  # which then is refused as another one
-
-
-def search_folder(output: Path) -> Path:
-    """Return the folder in which trials for `output` are kept."""
-    return output.with_name(f"{output.name}.search")
-
-
-def check_search(output: Path, *, resume: bool) -> None:
-    """Raise `OutputError` for an interrupted search that is not to be resumed."""
-    if search_folder(output).exists() and not resume:
-        raise OutputError(
-            f"{str(search_folder(output))!r} holds an interrupted search for a quality: add --resume to go on with it, "
-            "or delete it to start afresh"
-        )
-
-
 def find_sparsity(  # noqa: PLR0917
     trials: Trials,
     recipe: Recipe,
@@ -234,25 +110,25 @@ def find_sparsity(  # noqa: PLR0917
     """
     if trials.nats is None:
         trials.nats = judge.parent()
-        trials.save()
+        trials.add()
     nats, allowed = trials.nats, allowed_loss(trials.nats, quality)
 
     def derived(values: Values, sparsity: float) -> Path:
-        group_size = DEFAULT_GROUP_SIZES.get(values) if _is_open(recipe) else recipe.group_size
+        group_size = DEFAULT_GROUP_SIZES.get(values) if is_open(recipe) else recipe.group_size
         place = trials.place(values, sparsity)
         derive(recipe.model_copy(update={"values": values, "group_size": group_size, "sparsity": sparsity}), place)
         return place
 
-    for values in _KINDS if _is_open(recipe) else (recipe.values,):
+    for values in _KINDS if is_open(recipe) else (recipe.values,):
         while (sparsity := propose(trials.done, values, allowed)) is not None:
             loss = judge.submodel(derived(values, sparsity)) - nats
-            trials.done.append(Trial(values, sparsity, loss))
-            trials.save()
-            trials.forget(allowed)
+            trials.add(Trial(values, sparsity, loss))
+            trials.keep_only(trials.best(values, allowed))
             say(f"{values} with {sparsity:.1%} removed keeps {kept(nats, loss):.4f}; {quality} is wanted")
-        if (best := trials.best(allowed)) is not None:
+        if (best := trials.best(values, allowed)) is not None:
             derived(best.values, best.sparsity)  # again, where it was measured for another quality
             return best
+    trials.keep_only(None)
     most = min(trials.done, key=lambda trial: trial.loss)
     raise ConfigError(
         f"a quality of {quality} cannot be kept: {most.values} with {most.sparsity:.1%} removed keeps "

@@ -7,14 +7,14 @@ import torch
 
 from secateur.checkpoint.bitmask import ALIGNMENT, bitmask_width
 from secateur.checkpoint.dense import stored_width
-from secateur.checkpoint.format import DENSE_ENCODING, Encoding
+from secateur.checkpoint.format import Encoding
 from secateur.checkpoint.quantise import n_groups
 from secateur.checkpoint.submodel import carried_files
 from secateur.config import DEFAULT_GROUP_SIZES, Recipe, Values
 from secateur.errors import ConfigError
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
-from secateur.pruning.weight import encoding_of, is_unmasked
+from secateur.pruning.weight import dense_encoding_of, encoding_of, is_unmasked
 
 # Of each kind of values, up to which sparsity it is taken to be better than the next one: pruning then costs less than
 # the bits that the next one saves. An estimate from the losses at 50% in docs/results/methods.md, not a measurement.
@@ -74,7 +74,7 @@ class Footprint:
         """Return the bytes of embedding and head."""
         if recipe.values == "base":
             return sum(shape.numel() * itemsize for shape, itemsize in self.whole)
-        return sum(_whole_bytes(shape, DENSE_ENCODING) for shape, _ in self.whole)
+        return sum(_whole_bytes(shape, dense_encoding_of(recipe)) for shape, _ in self.whole)
 
 
 def fit(base: Base, recipe: Recipe) -> Recipe:
@@ -92,7 +92,8 @@ def fit(base: Base, recipe: Recipe) -> Recipe:
     highest = {recipe.values: HIGHEST} if fixed else PREFERRED
     for values, limit in highest.items():
         group_size = recipe.group_size if fixed else DEFAULT_GROUP_SIZES.get(values)
-        tried = recipe.model_copy(update={"values": values, "group_size": group_size, "target_size": None})
+        update = {"values": values, "group_size": group_size, "target_size": None}
+        tried = recipe.model_copy(update=update if values != "base" else update | {"embedding_values": "int8"})
         sparsity = _lowest_sparsity(footprint, tried, target, limit)
         if sparsity is not None:
             return tried.model_copy(update={"sparsity": sparsity})

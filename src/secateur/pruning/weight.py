@@ -6,7 +6,7 @@ from torch import Tensor
 from secateur.calibration.statistics import InputStatistics
 from secateur.checkpoint.bitmask import PackedWeight, pack, pack_integers, unpack
 from secateur.checkpoint.dense import DenseWeight, pack_dense, unpack_dense
-from secateur.checkpoint.format import FLOATS, Encoding
+from secateur.checkpoint.format import DENSE_ENCODINGS, FLOATS, Encoding
 from secateur.checkpoint.quantise import Quantised, quantise
 from secateur.config import Recipe
 from secateur.pruning.layer_problem import LayerProblem
@@ -40,6 +40,11 @@ def prune_weight(  # noqa: PLR0917
 def encoding_of(recipe: Recipe) -> Encoding:
     """Return how kept weights are stored; for the base's own precision that is any of the known floats."""
     return FLOATS if recipe.values == "base" else Encoding(recipe.values, recipe.group_size or 0)
+
+
+def dense_encoding_of(recipe: Recipe) -> Encoding:
+    """Return how embedding and head are stored where kept weights are integers."""
+    return DENSE_ENCODINGS[recipe.embedding_values]
 
 
 def is_unmasked(encoding: Encoding, sparsity: float) -> bool:

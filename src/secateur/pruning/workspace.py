@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from secateur.files import atomic_write_bytes, make_parents, remove_empty
 _LATER_OPTIONS = {
     "values": "base",
     "group_size": None,
+    "embedding_values": "int8",
     "trim_vocabulary": False,
     "recover": 0,
     "correction": 0.5,
@@ -78,12 +79,11 @@ class Workspace:
                 f"{str(path)!r}, which says how the interrupted run was begun, is damaged: "
                 "delete the folder to start afresh"
             ) from None
-        for key, value in plan.items():
-            if not key.startswith("run_") and _decisive(old.get(key)) != _decisive(value):
-                raise ConfigError(
-                    f"{str(self.folder)!r} was begun with another {describe_difference(key, old.get(key), value)}: "
-                    "use the same options to resume, or delete the folder to start afresh"
-                )
+        if difference := first_difference(old, plan, [key for key in plan if not key.startswith("run_")]):
+            raise ConfigError(
+                f"{str(self.folder)!r} was begun with another {difference}: "
+                "use the same options to resume, or delete the folder to start afresh"
+            )
         return old
 
     def clean(self) -> None:
@@ -181,13 +181,20 @@ def partial_folder(output: Path) -> Path:
 def check_finished(output: Path, plan: dict[str, Any]) -> None:
     """Raise `OutputError` when an existing `output` is anything but a finished sub-model of this plan."""
     try:
-        manifest = _completed(read_json(output / MANIFEST))
+        manifest = read_json(output / MANIFEST)
     except CheckpointError:
         raise OutputError(f"output {str(output)!r} exists and is no sub-model: name another one") from None
-    for key in ("recipe", "base_model", "calibration", "shortlist", "recovery"):
-        if _decisive(manifest.get(key)) != _decisive(plan.get(key)):
-            difference = describe_difference(key, manifest.get(key), plan.get(key))
-            raise OutputError(f"output {str(output)!r} exists, made with another {difference}: name another one")
+    if difference := first_difference(manifest, plan, ("recipe", "base_model", "calibration", "shortlist", "recovery")):
+        raise OutputError(f"output {str(output)!r} exists, made with another {difference}: name another one")
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> str | None:
+    """Name the first difference of two plans, the older one of which may be an earlier version's; None if none is."""
+    old = _completed(old)
+    for key in keys:
+        if _decisive(old.get(key)) != _decisive(new.get(key)):
+            return _describe_difference(key, old.get(key), new.get(key))
+    return None
 
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:
@@ -203,12 +210,12 @@ def _decisive(value: Any) -> Any:
     return {k: v for k, v in value.items() if k not in ("model", "name")} if isinstance(value, dict) else value
 
 
-def describe_difference(key: str, old: Any, new: Any) -> str:
+def _describe_difference(key: str, old: Any, new: Any) -> str:
     """Name the first differing entry of two plain JSON values, for an error message."""
     if isinstance(old, dict) and isinstance(new, dict):
         for inner in _decisive(new):
             if old.get(inner) != new[inner]:
-                return describe_difference(f"{key} ({inner})", old.get(inner), new[inner])
+                return _describe_difference(f"{key} ({inner})", old.get(inner), new[inner])
     return f"{key}, {_short(old)} instead of {_short(new)}"
 
 

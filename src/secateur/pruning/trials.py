@@ -1,0 +1,219 @@
+"""The folder `OUT.search/` with the trials of a search for a quality, until the best of them becomes OUT.
+
+Only what the search itself has put there is ever deleted.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from secateur.checkpoint.format import LOCK, LOG, MANIFEST, dump_json, read_json
+from secateur.config import Recipe, Values
+from secateur.errors import CheckpointError, ConfigError, OutputError
+from secateur.files import atomic_write_bytes, make_parents
+from secateur.pruning.quality import allowed_loss
+from secateur.pruning.workspace import check_output, first_difference
+
+TRIALS = "trials.json"
+SEARCHED = ("sparsity", "values", "group_size")  # of a recipe; the last two only where it leaves them open
+_OWN = re.compile(
+    r"(base|int8|int4)-\d\.\d{4}(\.partial|\.deleted)?|("
+    + re.escape(TRIALS)
+    + "|"
+    + re.escape(LOCK)
+    + r")(\.partial-.*)?"
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One sub-model that was measured.
+
+    Attributes
+    ----------
+    values, sparsity
+        What it was derived with.
+    loss
+        Nats per token that it loses beside its parent; below 0 when it is better.
+    """
+
+    values: Values
+    sparsity: float
+    loss: float
+
+
+class Trials:
+    """The trials of one search, in a folder that is locked for this process.
+
+    Attributes
+    ----------
+    output, folder
+        What the best trial becomes, and where trials are.
+    nats
+        Those per token of the parent; None until they are measured.
+    done
+        What was measured, in order.
+    """
+
+    def __init__(self, output: Path, asked: dict[str, Any]) -> None:
+        self.output, self.folder = output, search_folder(output)
+        self.nats: float | None = None
+        self.done: list[Trial] = []
+        self._asked = asked
+        for path in self.folder.glob("*.deleted"):
+            _remove(path)
+        if (self.folder / TRIALS).is_file():
+            self._take_up()
+
+    def _take_up(self) -> None:
+        try:
+            content = read_json(self.folder / TRIALS)
+            self.nats = float(content["nats"])
+            self.done = [Trial(**one) for one in content["trials"]]
+            difference = first_difference(content["asked"], self._asked, self._asked)
+        except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
+            raise ConfigError(f"{str(self.folder / TRIALS)!r} is damaged: delete the folder to start afresh") from None
+        if difference:
+            raise ConfigError(
+                f"{str(self.folder)!r} was begun with another {difference}: use the same options to resume (only the "
+                "quality may be another), or delete the folder to start afresh"
+            )
+
+    def add(self, trial: Trial | None = None) -> None:
+        """Write down what was measured."""
+        if trial is not None:
+            self.done.append(trial)
+        content = {"asked": self._asked, "nats": self.nats, "trials": [asdict(one) for one in self.done]}
+        atomic_write_bytes(self.folder / TRIALS, dump_json(content))
+
+    def place(self, values: Values, sparsity: float) -> Path:
+        """Return the folder of a trial."""
+        return self.folder / f"{values}-{sparsity:.4f}"
+
+    def best(self, values: Values, allowed: float) -> Trial | None:
+        """Return the trial of some values with the highest sparsity that loses no more than is allowed."""
+        good = [trial for trial in self.done if trial.values == values and trial.loss <= allowed]
+        return max(good, key=lambda trial: trial.sparsity, default=None)
+
+    def keep_only(self, best: Trial | None) -> None:
+        """Delete the folders of all other trials."""
+        for trial in self.done:
+            if trial != best:
+                _remove(self.place(trial.values, trial.sparsity))
+
+    def publish(self, trial: Trial) -> dict[str, Any]:
+        """Move a trial to its place, delete all else, and return the log, which now tells of all trials."""
+        place = self.place(trial.values, trial.sparsity)
+        if self.output.exists():
+            raise OutputError(
+                f"output {str(self.output)!r} appeared while it was searched for; the result is in {str(place)!r}"
+            )
+        measured = {"parent_nats": self.nats, "trials": [asdict(one) for one in self.done]}
+        log = read_json(place / LOG) | {"keep_quality": measured}
+        atomic_write_bytes(place / LOG, dump_json(log))
+        place.rename(self.output)
+        clear(self.folder)
+        return log
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, or a folder that from the first moment on cannot be taken for a finished one."""
+    if path.is_dir():
+        doomed = path if path.suffix == ".deleted" else path.rename(path.with_name(f"{path.name}.deleted"))
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def clear(folder: Path) -> None:
+    """Delete everything that a search has put into its folder, and the folder if nothing is left."""
+    if not folder.is_dir():
+        return
+    own = [path for path in folder.iterdir() if _OWN.fullmatch(path.name)]
+    for path in sorted(own, key=lambda path: path.name == TRIALS):  # last, because it tells whose folder it is
+        _remove(path)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+@contextmanager
+def open_trials(output: Path, asked: dict[str, Any], *, resume: bool) -> Iterator[Trials]:
+    """Create or take up `OUT.search` for trials of what is `asked`, plain JSON.
+
+    Raises
+    ------
+    OutputError
+        When the output or its folder of trials exists and is not to be resumed, holds something else, or is in use.
+    ConfigError
+        When the search was begun with other options, or is damaged.
+    """
+    check_output(output, resume=resume)
+    check_search(output, resume=resume)
+    folder = search_folder(output)
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        make_parents(folder)
+        folder.mkdir(exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(f"another process searches in {str(folder)!r}: wait for it or name another output") from None
+    except OSError as error:
+        raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror}; name another one") from None
+    try:
+        trials = Trials(output, asked)
+        try:
+            yield trials
+        except Exception:
+            if not trials.done and not any(path.is_dir() for path in folder.iterdir()):  # nothing to go on with
+                clear(folder)
+            raise
+    finally:
+        lock.release()
+
+
+def check_kept(finished: Path, recipe: Recipe, quality: float) -> Recipe:
+    """Return the recipe with what a finished search has found; raises `OutputError` when `finished` is none of it."""
+    try:
+        log, found = read_json(finished / LOG)["keep_quality"], read_json(finished / MANIFEST)["recipe"]
+        allowed = allowed_loss(log["parent_nats"], quality)
+        trial = Trial(found["values"], found["sparsity"], allowed)
+        kept = any(one | {"loss": allowed} == asdict(trial) and one["loss"] <= allowed for one in log["trials"])
+        settled = SEARCHED if is_open(recipe) else SEARCHED[:1]
+        recipe = recipe.model_copy(update={key: found[key] for key in settled})
+    except (CheckpointError, KeyError, TypeError):
+        kept = False
+    if not kept:
+        raise OutputError(f"output {str(finished)!r} exists, and no search for this quality made it: name another one")
+    return recipe
+
+
+def is_open(recipe: Recipe) -> bool:
+    """Return whether a recipe leaves it open which values are stored."""
+    return "values" not in recipe.model_fields_set
+
+
+def search_folder(output: Path) -> Path:
+    """Return the folder in which trials for `output` are kept."""
+    return output.with_name(f"{output.name}.search")
+
+
+def check_search(output: Path, *, resume: bool) -> None:
+    """Raise `OutputError` for an interrupted search that is not to be resumed, and for what is none."""
+    folder = search_folder(output)
+    if not folder.exists():
+        return
+    if not folder.is_dir() or not (
+        (folder / TRIALS).is_file() or all(_OWN.fullmatch(p.name) for p in folder.iterdir())
+    ):
+        raise OutputError(f"{str(folder)!r} is no interrupted search: name another output or move it")
+    if not resume:
+        raise OutputError(
+            f"{str(folder)!r} holds an interrupted search for a quality: add --resume to go on with it, or "
+            "delete it to start afresh"
+        )
