@@ -35,7 +35,7 @@ UNSEEN = calibration(samples=6, seed=9).token_ids
 def base(tmp_path, monkeypatch):
     monkeypatch.setattr(derive_module, "unseen_text", lambda *_: UNSEEN)
     monkeypatch.setattr(derive_module, "load_tokenizer", lambda _: None)
-    return save_tiny(tmp_path / "base")
+    return save_tiny(tmp_path / "base", "qwen2")  # whose head is tied
 
 
 def nats(folder):
@@ -243,7 +243,7 @@ def test_another_base_is_refused(base, tmp_path):
     with pytest.raises(Interrupt):
         derive_tiny(base, tmp_path / "out", keep_quality=0.99, progress=stop)
     shutil.rmtree(base)
-    save_tiny(base, seed=5)
+    save_tiny(base, "qwen2", seed=5)
     with pytest.raises(ConfigError, match="begun with another base_model"):
         derive_tiny(base, tmp_path / "out", keep_quality=0.99, resume=True)
 

@@ -266,7 +266,8 @@ def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -
     judge = Judge(base, unseen, device, lambda done, total: execution.progress("measure", done, total))
 
     def one(recipe: Recipe, place: Path) -> None:
-        _derive(base, recipe, texts, replace(execution, output=place, resume=True))
+        # A base of its own: a derivation leaves the model behind without weights, and its head no longer tied.
+        _derive(Base.open(base.folder), recipe, texts, replace(execution, output=place, resume=True))
 
     with open_trials(output, asked, resume=execution.resume) as trials:
         with limited_threads(threads):
