@@ -252,7 +252,7 @@ def test_two_searches_do_not_share_a_folder(base, tmp_path):
     search_folder(tmp_path / "out").mkdir()
     with (
         FileLock(search_folder(tmp_path / "out") / LOCK),
-        pytest.raises(OutputError, match="another process searches"),
+        pytest.raises(OutputError, match="another process derives into"),
     ):
         derive_tiny(base, tmp_path / "out", keep_quality=0.9, resume=True)
 

@@ -87,11 +87,9 @@ def build_calibration_set(
         raise ConfigError(
             f"a calibration set of {samples} sequences of {sequence_length} tokens: both have to be positive"
         )
-    mixture = normalise_mixture(mixture)
-    width = sequence_length - len(begin)
-    shares = sorted(((domain_key(domain), weight, domain) for domain, weight in mixture), key=lambda share: share[::2])
+    mixture, width = normalise_mixture(mixture), sequence_length - len(begin)
+    shares, corpora, provenance = _sources(mixture, data)
     wanted = apportion(samples * width, [(key, weight) for key, weight, _ in shares])
-    corpora = {domain: load_corpus(domain, TRAIN, data) for domain, _ in mixture}
     rows: list[list[int]] = []
     remainders: list[int] = []
     for (key, weight, domain), count in zip(shares, wanted, strict=True):
@@ -106,7 +104,6 @@ def build_calibration_set(
     draws = random_numbers(seed, "order of the sequences", samples)
     order = sorted(range(samples), key=draws.__getitem__)
     token_ids = np.array([[*begin, *rows[index]] for index in order], dtype=np.int64)
-    provenance = tuple(entry for domain, _ in mixture for entry in corpora[domain].provenance)
     return CalibrationSet(token_ids, seed, mixture, provenance, token_ids_hash(token_ids))
 
 
@@ -142,17 +139,24 @@ def unseen_sequences(
     """
     begin = begin_tokens(tokenizer)
     mixture, width = normalise_mixture(mixture), sequence_length - len(begin)
-    shares = sorted(((domain_key(domain), weight, domain) for domain, weight in mixture), key=lambda share: share[::2])
+    shares, corpora, provenance = _sources(mixture, data)
     weights = [(key, weight) for key, weight, _ in shares]
     taken, wanted = apportion(seen * width, weights), apportion(samples, weights)
-    corpora = {domain: load_corpus(domain, TRAIN, data) for domain, _ in mixture}
     rows: list[list[int]] = []
     for (key, _, domain), count, more in zip(shares, taken, wanted, strict=True):
         if more:
             whole = (-(-count // width) + more) * width
             rows += _pack(corpora[domain], tokenizer, count=whole, width=width, seed=seed, key=key)[0][-more:]
-    provenance = tuple(entry for domain, _ in mixture for entry in corpora[domain].provenance)
     return np.array([[*begin, *row] for row in rows], dtype=np.int64), provenance
+
+
+def _sources(
+    mixture: Mixture, data: Path | None
+) -> tuple[list[tuple[str, float, str]], dict[str, Corpus], tuple[Provenance, ...]]:
+    """Return (key, weight, domain) in an order that the mixture's does not decide, the corpora, and whence they are."""
+    shares = sorted(((domain_key(domain), weight, domain) for domain, weight in mixture), key=lambda share: share[::2])
+    corpora = {domain: load_corpus(domain, TRAIN, data) for domain, _ in mixture}
+    return shares, corpora, tuple(entry for domain, _ in mixture for entry in corpora[domain].provenance)
 
 
 def token_ids_hash(token_ids: NDArray[np.int64]) -> str:

@@ -110,7 +110,7 @@ def find_sparsity(  # noqa: PLR0917
     """
     if trials.nats is None:
         trials.nats = judge.parent()
-        trials.add()
+        trials.save()
     nats, allowed = trials.nats, allowed_loss(trials.nats, quality)
 
     def derived(values: Values, sparsity: float) -> Path:
@@ -122,11 +122,13 @@ def find_sparsity(  # noqa: PLR0917
     for values in _KINDS if is_open(recipe) else (recipe.values,):
         while (sparsity := propose(trials.done, values, allowed)) is not None:
             loss = judge.submodel(derived(values, sparsity)) - nats
-            trials.add(Trial(values, sparsity, loss))
+            trials.done.append(Trial(values, sparsity, loss))
+            trials.save()
             trials.keep_only(trials.best(values, allowed))
             say(f"{values} with {sparsity:.1%} removed keeps {kept(nats, loss):.4f}; {quality} is wanted")
         if (best := trials.best(values, allowed)) is not None:
-            derived(best.values, best.sparsity)  # again, where it was measured for another quality
+            if not trials.place(best.values, best.sparsity).exists():  # it was measured for another quality
+                derived(best.values, best.sparsity)
             return best
     trials.keep_only(None)
     most = min(trials.done, key=lambda trial: trial.loss)

@@ -11,23 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from secateur.checkpoint.format import LOCK, LOG, MANIFEST, dump_json, read_json
 from secateur.config import Recipe, Values
 from secateur.errors import CheckpointError, ConfigError, OutputError
-from secateur.files import atomic_write_bytes, make_parents
+from secateur.files import atomic_write_bytes, remove_empty
 from secateur.pruning.quality import allowed_loss
-from secateur.pruning.workspace import check_output, first_difference
+from secateur.pruning.workspace import check_output, first_difference, locked
 
 TRIALS = "trials.json"
 SEARCHED = ("sparsity", "values", "group_size")  # of a recipe; the last two only where it leaves them open
 _OWN = re.compile(
-    r"(base|int8|int4)-\d\.\d{4}(\.partial|\.deleted)?|("
-    + re.escape(TRIALS)
-    + "|"
-    + re.escape(LOCK)
-    + r")(\.partial-.*)?"
+    rf"(base|int8|int4)-\d\.\d{{4}}(\.partial|\.deleted)?|({re.escape(TRIALS)}|{re.escape(LOCK)})(\.partial-.*)?"
 )
 
 
@@ -85,10 +79,8 @@ class Trials:
                 "quality may be another), or delete the folder to start afresh"
             )
 
-    def add(self, trial: Trial | None = None) -> None:
+    def save(self) -> None:
         """Write down what was measured."""
-        if trial is not None:
-            self.done.append(trial)
         content = {"asked": self._asked, "nats": self.nats, "trials": [asdict(one) for one in self.done]}
         atomic_write_bytes(self.folder / TRIALS, dump_json(content))
 
@@ -156,25 +148,15 @@ def open_trials(output: Path, asked: dict[str, Any], *, resume: bool) -> Iterato
     check_output(output, resume=resume)
     check_search(output, resume=resume)
     folder = search_folder(output)
-    lock = FileLock(folder / LOCK, blocking=False)
-    try:
-        make_parents(folder)
-        folder.mkdir(exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise OutputError(f"another process searches in {str(folder)!r}: wait for it or name another output") from None
-    except OSError as error:
-        raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror}; name another one") from None
-    try:
+    with locked(folder, output) as created:
         trials = Trials(output, asked)
         try:
             yield trials
         except Exception:
             if not trials.done and not any(path.is_dir() for path in folder.iterdir()):  # nothing to go on with
                 clear(folder)
+                remove_empty(created)
             raise
-    finally:
-        lock.release()
 
 
 def check_kept(finished: Path, recipe: Recipe, quality: float) -> Recipe:

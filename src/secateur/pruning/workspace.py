@@ -123,6 +123,32 @@ def open_workspace(output: Path, *, resume: bool) -> Iterator[Workspace]:
     check_output(output, resume=resume)
     folder = partial_folder(output)
     resumed = (folder / STATE).is_file()
+    with locked(folder, output) as created:
+        try:
+            workspace = Workspace(output, folder, resumed)
+            workspace.clean()
+            yield workspace
+        except Exception as error:
+            if _disk_is_full(error):
+                raise OutputError(
+                    f"the disk is full; finished blocks are in {str(folder)!r}: make room and run again with --resume"
+                ) from None
+            # What an earlier run has finished outlives any error, and so does a result that only could not be moved.
+            if not resumed and not (folder / MANIFEST).is_file() and not (folder / PRUNED_WHOLE).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+                remove_empty(created)
+            raise
+
+
+@contextmanager
+def locked(folder: Path, output: Path) -> Iterator[list[Path]]:
+    """Create a folder in which `output` is worked on, hold its lock, and yield the parents that were made for it.
+
+    Raises
+    ------
+    OutputError
+        When another process holds the lock, or the folder cannot be written.
+    """
     lock = FileLock(folder / LOCK, blocking=False)
     try:
         created = make_parents(folder)
@@ -133,19 +159,7 @@ def open_workspace(output: Path, *, resume: bool) -> Iterator[Workspace]:
     except OSError as error:
         raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror}; name another one") from None
     try:
-        workspace = Workspace(output, folder, resumed)
-        workspace.clean()
-        yield workspace
-    except Exception as error:
-        if _disk_is_full(error):
-            raise OutputError(
-                f"the disk is full; finished blocks are in {str(folder)!r}: make room and run again with --resume"
-            ) from None
-        # What an earlier run has finished outlives any error, and so does a result that only could not be moved.
-        if not resumed and not (folder / MANIFEST).is_file() and not (folder / PRUNED_WHOLE).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            remove_empty(created)
-        raise
+        yield created
     finally:
         lock.release()
 
