@@ -87,7 +87,10 @@ def test_first_tokens_count_as_many_in_products(dtype):
 
 
 def test_products_with_what_the_parent_receives():
-    """Rows of `cross` belong to the parent's features, columns to those of the pass that is watched."""
+    """Rows of `cross` belong to the parent's features, columns to those of the pass that is watched.
+
+    A weight that is alone with its input and has fewer outputs gets the products with what the parent puts out.
+    """
     block, inputs = Feedforward(), batches()
     parents = [x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(inputs)]
     outputs = []
@@ -101,7 +104,13 @@ def test_products_with_what_the_parent_receives():
     for name, feed in (("up", lambda x: x), ("down", lambda x: block.gate(x).relu() * block.up(x))):
         with torch.no_grad():
             z, x = (feed(torch.cat(one).reshape(-1, 8)).double() for one in (parents, inputs))
-        torch.testing.assert_close(results[name].cross.double(), z.T @ x, rtol=1e-4, atol=1e-2)
+        if name == "up":
+            torch.testing.assert_close(results[name].cross.double(), z.T @ x, rtol=1e-4, atol=1e-2)
+            assert results[name].parent_outputs is None
+        else:
+            outputs = z @ block.down.weight.detach().double().T
+            torch.testing.assert_close(results[name].parent_outputs.double(), outputs.T @ x, rtol=1e-4, atol=1e-2)
+            assert results[name].cross is None
         torch.testing.assert_close(results[name].gram.double(), x.T @ x, rtol=1e-4, atol=1e-2)
     assert results["gate"].n_tokens == 3 * 2 * 700
     assert collect(block, inputs, gram=True)[0]["gate"].cross is None

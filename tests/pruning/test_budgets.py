@@ -209,7 +209,7 @@ def test_a_model_that_does_not_fit_whole_is_refused(base, tmp_path, monkeypatch)
     monkeypatch.setattr("secateur.pruning.forecast.available_memory", lambda: 4_000_000)
     derive_tiny(base, tmp_path / "uniform")
     with pytest.raises(
-        ResourceError, match=r"measuring a budget or a quality holds the whole model, about .*--budget uniform"
+        ResourceError, match=r"measuring a budget, a quality or a size holds the whole model, about .*--budget uniform"
     ):
         derive_tiny(base, tmp_path / "out", budget="measured")
     assert not list(tmp_path.glob("out*"))

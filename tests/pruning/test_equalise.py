@@ -86,10 +86,12 @@ def test_statistics_are_those_of_the_quieter_input():
     torch.manual_seed(0)
     x, z, exponents = torch.randn(50, 6), torch.randn(50, 6), torch.tensor([0, 1, -2, 3, 0, 10])
     quiet = x / 2.0**exponents
-    found = InputStatistics(x.square().sum(0), 50, x.T @ x, z.T @ x).quieter(exponents)
+    weight = torch.randn(4, 6)
+    found = InputStatistics(x.square().sum(0), 50, x.T @ x, z.T @ x, weight @ z.T @ x).quieter(exponents)
     torch.testing.assert_close(found.sum_squares, quiet.square().sum(0))
     torch.testing.assert_close(found.gram, quiet.T @ quiet)
     torch.testing.assert_close(found.cross, (z / 2.0**exponents).T @ quiet)
+    torch.testing.assert_close(found.parent_outputs, louder(weight, exponents) @ (z / 2.0**exponents).T @ quiet)
 
 
 LAST = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "w2", "out_proj", "ff_out")

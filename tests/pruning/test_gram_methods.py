@@ -5,6 +5,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from secateur.calibration.statistics import InputStatistics
@@ -67,12 +68,14 @@ def test_refit_finds_the_best_values_for_a_mask():
     assert errors[-1] == pytest.approx(error(exact(weight, mask, gram), weight, gram), rel=1e-3)
 
 
+@pytest.mark.parametrize("of_outputs", [False, True])
 @pytest.mark.parametrize("correction", [0.0, 0.25, DEFAULT_CORRECTION, 1.0])
-def test_a_weight_makes_up_for_a_part_of_the_drift_of_its_inputs(correction):
+def test_a_weight_makes_up_for_a_part_of_the_drift_of_its_inputs(correction, of_outputs):
     """Least squares of W X against the products of the dense weight with inputs on the way from X to the parent's."""
     weight, parents = layer()
     inputs = parents @ (torch.eye(48) + 0.1 * torch.randn(48, 48, generator=torch.Generator().manual_seed(1)))
-    found = replace(statistics(inputs), cross=parents.T @ inputs)
+    known = {"parent_outputs": weight @ parents.T @ inputs} if of_outputs else {"cross": parents.T @ inputs}
+    found = replace(statistics(inputs), **known)
     problem = LayerProblem.of(weight, found, correction)
     mask = keep_top(weight.abs(), Target(0.5))
     ours = problem.restored(refit(problem, problem.dense, mask, 100), weight)
@@ -248,19 +251,28 @@ def test_statistics_are_those_of_parent_and_sub_model(tmp_path, monkeypatch, fam
     derive_tiny(base, tmp_path / "sub", method="admm")
     token_ids = calibration().token_ids
     parents, inputs = (inputs_of(folder, token_ids, seen) for folder in (base, tmp_path / "sub"))
+    stored = load_file(base / "model.safetensors")
     times = torch.ones(token_ids.shape, dtype=torch.float64)
     times[:, 0] = 100
     times = times.flatten()[:, None]
     for name, statistics in seen.items():
         counted, scale = inputs[name] * times, float((inputs[name].square() * times).sum())
         torch.testing.assert_close(statistics.gram.double(), inputs[name].T @ counted, rtol=0, atol=1e-5 * scale)
-        torch.testing.assert_close(statistics.cross.double(), parents[name].T @ counted, rtol=0, atol=1e-5 * scale)
+        weight = stored[name].double()
+        alone = ("o_proj" in name or "down_proj" in name) and weight.shape[0] < weight.shape[1]
+        assert (statistics.cross is None, statistics.parent_outputs is not None) == (alone, alone)
+        if alone:
+            cross, theirs = statistics.parent_outputs, parents[name] @ weight.T
+            scale *= float(weight.norm())
+        else:
+            cross, theirs = statistics.cross, parents[name]
+        torch.testing.assert_close(cross.double(), theirs.T @ counted, rtol=0, atol=1e-5 * scale)
         torch.testing.assert_close(statistics.sum_squares, inputs[name].square().sum(0).float(), rtol=1e-4, atol=1e-4)
-    drifts = [float((one.cross - one.gram).norm() / one.gram.norm()) for one in seen.values()]
+    drifts = [float((one.cross - one.gram).norm() / one.gram.norm()) for one in seen.values() if one.cross is not None]
     assert min(drifts) < 1e-6 < 1e-2 < max(drifts)
     # Without a correction the parent is not run.
     derive_tiny(base, tmp_path / "alone", method="admm", correction=0.0)
-    assert all(one.cross is None for one in seen.values())
+    assert all(one.cross is None and one.parent_outputs is None for one in seen.values())
 
 
 def test_the_damping_grows_with_the_features_for_each_token():

@@ -7,7 +7,7 @@ from secateur.config import make_recipe
 from secateur.errors import ConfigError
 from secateur.models.source import ModelFolder
 from secateur.pruning.base import Base
-from secateur.pruning.size import HIGHEST, PREFERRED, Footprint, fit
+from secateur.pruning.size import HIGHEST, Footprint, ways
 from tests.pruning.test_base import tied_base
 from tests.pruning.tiny_derivation import derive_tiny
 from tests.tiny import save_tiny
@@ -71,24 +71,57 @@ def test_a_head_that_is_stored_beside_a_tied_embedding_counts(tmp_path, head, ma
     assert foretold[0] == matrices * foretold[1]
 
 
-def test_values_are_chosen_with_the_sparsity(base):
+KINDS = [("base", "int8"), ("int8", "int8"), ("int8", "int4"), ("int4", "int8"), ("int4", "int4")]
+
+
+def kinds(recipes):
+    return [(one.values, one.embedding_values) for one in recipes]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_there_is_a_way_of_each_kind_with_the_lowest_sparsity(base, share):
     footprint = Footprint.of(opened(base))
-    sizes = {values: footprint.folder(recipe(values=values, sparsity=0.0)) for values in ("base", "int8", "int4")}
-    for values, next_values in (("base", "int8"), ("int8", "int4")):
-        found = fit(opened(base), recipe(target_size=sizes[values]))
-        assert (found.values, found.sparsity, found.target_size) == (values, 0.0, None)
-        below = fit(opened(base), recipe(target_size=sizes[values] - 1))
-        assert below.values == (values if PREFERRED[values] else next_values)
-    small = fit(opened(base), recipe(target_size=sizes["int4"] * 3 // 4))
-    assert (small.values, small.group_size) == ("int4", 64)
-    assert 0.2 < small.sparsity < HIGHEST
-    # Each recipe can be carried out again as it is.
-    assert make_recipe(small.to_dict()) == small
+    target = int(share * footprint.folder(recipe(values="base", sparsity=0.0)))
+    found = ways(opened(base), recipe(target_size=target))
+    assert kinds(found) == KINDS
+    for one in found:
+        assert footprint.folder(one) <= target
+        assert one.target_size is None
+        if one.sparsity:
+            assert footprint.folder(one.model_copy(update={"sparsity": one.sparsity - 0.002})) > target
+        # Each can be carried out again as it is.
+        assert make_recipe(one.to_dict()) == one
+    assert [one.group_size for one in found] == [None, 128, 128, 64, 64]
+
+
+def test_kinds_that_cannot_be_so_small_are_left_out(base):
+    least = {kind: least_size(base, *kind) for kind in KINDS}
+    target = (least["int8", "int4"] + least["int4", "int8"]) // 2
+    assert kinds(ways(opened(base), recipe(target_size=target))) == [kind for kind in KINDS if least[kind] <= target]
+
+
+def least_size(base, values, embedding):
+    chosen = {"embedding_values": embedding} if values != "base" else {}
+    return Footprint.of(opened(base)).folder(recipe(values=values, sparsity=HIGHEST, **chosen))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"values": "int8"}, KINDS[1:3]),
+        ({"values": "int4", "embedding_values": "int4"}, KINDS[4:]),
+        ({"values": "base"}, KINDS[:1]),
+        ({"embedding_values": "int4"}, [KINDS[0], KINDS[2], KINDS[4]]),
+    ],
+)
+def test_what_is_given_stays(base, options, expected):
+    target = Footprint.of(opened(base)).folder(recipe(values="base", sparsity=0.6))
+    assert kinds(ways(opened(base), recipe(target_size=target, **options))) == expected
 
 
 def test_what_cannot_be_so_small_is_refused(base, tmp_path):
-    for options, said in (({}, "int4"), ({"values": "base"}, "base")):
-        with pytest.raises(ConfigError, match=rf"size of 0 MB cannot be reached: with {said} values and 90% removed"):
+    for options, said in (({}, "int4, embedding int4,"), ({"values": "base"}, "base values")):
+        with pytest.raises(ConfigError, match=rf"size of 0 MB cannot be reached: with {said} and 90% removed"):
             derive_tiny(base, tmp_path / "out", target_size=1000, **options)
     assert list(tmp_path.iterdir()) == []
 

@@ -4,15 +4,15 @@ Weights that read one tensor (q, k and v; gate and up) share one statistic. Sums
 rows in float32 and added in float64, so that neither the batch size nor the number of tokens costs accuracy.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import ModelError
-from secateur.models.device import product_precision
+from secateur.models.products import product_precision
 
 # Rows converted to float32 at a time: the slice stays in the cache, which makes this several times faster than
 # converting a whole activation.
@@ -39,12 +39,16 @@ class InputStatistics:
     cross
         float32 [in_features, in_features]: the sum of z_i x_j, where z is what the same input was in the parent; None
         where that is not known.
+    parent_outputs
+        float32 [out_features, in_features]: V times `cross`, where V is the parent's weight, which stands in its place
+        when one weight alone has the input, and fewer outputs than inputs. It takes fewer products.
     """
 
     sum_squares: Tensor
     n_tokens: int
     gram: Tensor | None = None
     cross: Tensor | None = None
+    parent_outputs: Tensor | None = None
 
     def loudness(self) -> Tensor:
         """Return the sum of squares of each feature, float32 [in_features]; tokens count as in the Gram matrix."""
@@ -57,12 +61,31 @@ class InputStatistics:
             for matrix in (self.gram, self.cross):
                 if matrix is not None:
                     matrix.mul_(scale.to(matrix.device)).mul_(scale.to(matrix.device)[:, None])
-        return InputStatistics(self.sum_squares * scale * scale, self.n_tokens, self.gram, self.cross)
+            if self.parent_outputs is not None:  # which stay what they are: the weight is louder by as much
+                self.parent_outputs.mul_(scale.to(self.parent_outputs.device))
+        return replace(self, sum_squares=self.sum_squares * scale * scale)
 
     @property
     def input_norms(self) -> Tensor:
         """float32 [in_features]: ||x_j||_2 over all tokens (Sun et al. 2024, eq. 1)."""
         return self.sum_squares.sqrt()
+
+
+@dataclass(frozen=True)
+class _Parents:
+    """What an input was in the parent [..., in_features], and the parent's weight if its outputs are to be counted."""
+
+    inputs: Tensor
+    weight: Tensor | None
+
+    def first_tokens(self) -> "_Parents":
+        return _Parents(self.inputs[:, :1], self.weight)
+
+    def rows(self) -> Iterator[Tensor]:
+        """Give float32 [tokens, features] of inputs or outputs, a slab at a time."""
+        weight = None if self.weight is None else self.weight.float().T
+        for slab in torch.split(self.inputs.detach().flatten(0, -2), _GRAM_ROWS):
+            yield slab.float() if weight is None else slab.float() @ weight
 
 
 class _Sum:
@@ -73,9 +96,10 @@ class _Sum:
         self.total = torch.zeros(in_features, dtype=torch.float64)
         self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
         self.cross: Tensor | None = None
+        self.of_outputs = False
         self.n_tokens = 0
 
-    def add(self, inputs: Tensor, parents: Tensor | None) -> None:
+    def add(self, inputs: Tensor, parents: _Parents | None) -> None:
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
         for part in torch.split(rows, _ROWS):
             # A copy even of float32 inputs: they are what the block goes on computing with.
@@ -84,29 +108,33 @@ class _Sum:
         if self.gram is not None:
             self._add_products(inputs, parents, 1.0)
             if self.first_weight != 1 and inputs.dim() > 2:
-                self._add_products(inputs[:, :1], None if parents is None else parents[:, :1], self.first_weight - 1)
+                first = None if parents is None else parents.first_tokens()
+                self._add_products(inputs[:, :1], first, self.first_weight - 1)
         self.n_tokens += rows.shape[0]
 
-    def _add_products(self, inputs: Tensor, parents: Tensor | None, times: float) -> None:
+    def _add_products(self, inputs: Tensor, parents: _Parents | None, times: float) -> None:
         assert self.gram is not None  # noqa: S101 - the only caller has looked
-        rows = inputs.detach().flatten(0, -2)
-        if parents is not None:
-            parents = parents.detach().flatten(0, -2)
-            if self.cross is None:
-                self.cross = torch.zeros_like(self.gram)
+        slabs = [slab.float() for slab in torch.split(inputs.detach().flatten(0, -2), _GRAM_ROWS)]
         # Products of bfloat16 numbers that lie in float32 are exact in bfloat16 units too.
-        with product_precision("medium" if rows.dtype == torch.bfloat16 else "highest"):
-            for begin in range(0, len(rows), _GRAM_ROWS):
-                slab = rows[begin : begin + _GRAM_ROWS].float()
+        exact: Literal["highest", "medium"] = "medium" if inputs.dtype == torch.bfloat16 else "highest"
+        with product_precision(exact):
+            for slab in slabs:
                 for column in range(0, slab.shape[1], _GRAM_COLUMNS):  # what lies above the diagonal is enough
                     part = slice(column, column + _GRAM_COLUMNS)
                     self.gram[part, column:].addmm_(slab[:, part].T, slab[:, column:], alpha=times)
-                if parents is not None and self.cross is not None:
-                    self.cross.addmm_(parents[begin : begin + _GRAM_ROWS].float().T, slab, alpha=times)
+        if parents is None:
+            return
+        with product_precision(exact if parents.weight is None else "highest"):
+            for slab, theirs in zip(slabs, parents.rows(), strict=True):
+                if self.cross is None:
+                    self.cross = theirs.new_zeros(theirs.shape[1], slab.shape[1])
+                self.cross.addmm_(theirs.T, slab, alpha=times)
+        self.of_outputs = parents.weight is not None
 
     def result(self) -> InputStatistics:
         gram = None if self.gram is None else self.gram.triu() + self.gram.triu(1).T
-        return InputStatistics(self.total.float(), self.n_tokens, gram, self.cross)
+        cross, outputs = (None, self.cross) if self.of_outputs else (self.cross, None)
+        return InputStatistics(self.total.float(), self.n_tokens, gram, cross, outputs)
 
 
 class StatisticsCollector:
@@ -136,7 +164,7 @@ class StatisticsCollector:
         self._sums: dict[str, _Sum] = {}
         self._leader: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
-        self._parents: dict[str, Tensor] | None = None
+        self._parents: dict[str, tuple[Tensor, Tensor]] | None = None  # inputs and weights
         self._in_parent = False
         self._calls: list[str] = []
         self._last_called: str | None = None
@@ -157,7 +185,8 @@ class StatisticsCollector:
             if self._first_only and self._last is not None and self._last[1] is not inputs:
                 raise AllCollected
             if self._in_parent and self._parents is not None:
-                self._parents[name], self._last = inputs, (name, inputs)
+                self._parents[name] = (inputs, self._linears[name].get_parameter("weight").data)
+                self._last = (name, inputs)
                 return
             if self._last is not None and self._last[1] is inputs:
                 leader = self._last[0]
@@ -168,7 +197,7 @@ class StatisticsCollector:
                     self._sums[name] = _Sum(
                         inputs.shape[-1], inputs.device, gram=self._gram, first_weight=self._first_weight
                     )
-                self._sums[name].add(inputs, self._parents[name] if self._parents else None)
+                self._sums[name].add(inputs, self._parents_of(name))
             if self._leader.setdefault(name, leader) != leader:
                 raise ModelError(f"{name} shared its input with {self._leader[name]} in one batch but not in another")
             self._calls.append(name)
@@ -176,6 +205,14 @@ class StatisticsCollector:
                 raise AllCollected
 
         return watch
+
+    def _parents_of(self, name: str) -> _Parents | None:
+        """Return what the parent received there in the pass before, if there was one."""
+        if not self._parents:
+            return None
+        inputs, weight = self._parents[name]
+        alone = sum(other is inputs for other, _ in self._parents.values()) == 1
+        return _Parents(inputs, weight if alone and weight.shape[0] < weight.shape[1] else None)
 
     def run_parent(self, forward: Callable[[], Any]) -> Any:
         """Run a batch as the parent does, and note what the weights receive for the next `run`.

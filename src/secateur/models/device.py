@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 
@@ -36,17 +35,3 @@ def limited_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def product_precision(precision: Literal["highest", "medium"]) -> Iterator[None]:
-    """Take matrix products of float32 numbers as they are, or rounded to bfloat16 where the processor has units for it.
-
-    Sums are float32 in either case.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

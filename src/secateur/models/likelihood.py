@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import ModelError
+from secateur.models.products import fast_products
 
 # Float32 logits of one chunk of positions; logsumexp needs about the same again.
 _LOGITS_BYTES = 128 * 2**20
 
 
 @torch.inference_mode()
+@fast_products()
 def token_log_likelihood(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     """Return the natural logarithm of the probability of each token but the first, given the tokens before it.
 

@@ -23,9 +23,10 @@ from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.job import Job, forecast_job
 from secateur.pruning.loop import Progress
 from secateur.pruning.methods import METHODS
+from secateur.pruning.prices import Prices, cheapest, measure_prices
 from secateur.pruning.quality import Judge, unseen_text
 from secateur.pruning.search import find_sparsity
-from secateur.pruning.size import fit
+from secateur.pruning.size import ways
 from secateur.pruning.texts import Texts, check_length
 from secateur.pruning.trials import SEARCHED, check_kept, check_search, clear, is_open, open_trials, search_folder
 from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder
@@ -169,7 +170,8 @@ def derive(
     )
     execution = Execution(output, device, threads, resume, progress, announce, None if data is None else Path(data))
     base = Base.open(folder)
-    return _carry_out(base, _fitted(base, recipe, announce), Texts(calibration, recovery), execution)
+    texts = Texts(calibration, recovery)
+    return _carry_out(base, _best_way(base, recipe, _ways(base, recipe), texts, execution), texts, execution)
 
 
 def derive_recipe(
@@ -204,7 +206,7 @@ def derive_recipe(
     check_writable(Path(output))
     folder = resolve_model(recipe.model)
     base = Base.open(folder)
-    recipe = _fitted(base, recipe, announce)
+    sized = _ways(base, recipe)
     check_length(base.model, recipe.sequence_length)
     tokenizer = load_tokenizer(folder)
 
@@ -218,17 +220,17 @@ def derive_recipe(
             recovery = draw(recipe.recover // recipe.sequence_length)
         except CorpusError as error:
             raise CorpusError(f"{error} (--recover counts as samples here: give it less)") from None
-        recipe = recipe.model_copy(update={"recover": recovery.token_ids.size})
-    execution = Execution(output, device, threads, resume, progress, announce, data)
-    return _carry_out(base, recipe, Texts(calibration, recovery), execution)
+        sized = tuple(one.model_copy(update={"recover": recovery.token_ids.size}) for one in sized)
+    execution, texts = (
+        Execution(output, device, threads, resume, progress, announce, data),
+        Texts(calibration, recovery),
+    )
+    return _carry_out(base, _best_way(base, recipe, sized, texts, execution), texts, execution)
 
 
-def _fitted(base: Base, recipe: Recipe, announce: Callable[[str], None] | None) -> Recipe:
-    """Return the recipe with what a target size asks for, and say what that is."""
-    found = fit(base, recipe)
-    if recipe.target_size is not None and announce is not None:
-        announce(f"for {recipe.target_size / 1e6:,.0f} MB: values {found.values}, sparsity {found.sparsity}")
-    return found
+def _ways(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
+    """Return the recipe, or those that a target size leaves."""
+    return (recipe,) if recipe.target_size is None else ways(base, recipe)
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,31 @@ class Execution:
     progress: Progress
     announce: Callable[[str], None] | None
     data: Path | None
+
+
+def _best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts, execution: Execution) -> Recipe:
+    """Return the one of several recipes, all as small as was asked for, that is expected to lose least."""
+    if asked.target_size is None:
+        return sized[0]
+    device, threads = checked_device(execution.device), execution.threads or torch.get_num_threads()
+    token_ids = texts.calibration.token_ids
+
+    def measure() -> Prices:
+        texts.check(base.model)
+        forecast_job(
+            base, sized[-1], token_ids.size, None, threads, partial_folder(Path(execution.output)), sizing=True
+        )
+        with limited_threads(threads):
+            progress = lambda done, total: execution.progress("size", done, total)  # noqa: E731
+            return measure_prices(base, torch.from_numpy(token_ids), sized[0], device, progress)
+
+    found = cheapest(sized, measure)
+    if execution.announce is not None:
+        embedding = "" if found.values == "base" else f", embedding {found.embedding_values}"
+        execution.announce(
+            f"for {asked.target_size / 1e6:,.0f} MB: values {found.values}{embedding}, sparsity {found.sparsity}"
+        )
+    return found
 
 
 def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> SubModel:

@@ -67,16 +67,16 @@ def measure_divergence(  # noqa: PLR0917
         calls = record_inputs(
             model, blocks, token_ids, len(token_ids), lambda _, hidden: received.append(hidden), model.device
         )
-        hidden, parent, found = received[0], _logits(model, token_ids), dict[tuple[str, ...], float]()
+        hidden, parent, found = received[0], spread_logits(model, token_ids), dict[tuple[str, ...], float]()
         for block in blocks:
             progress(block.index, len(blocks))
             module = model.get_submodule(block.name)
-            with _summing(module, block.prunable, first_token_weight) as sums:
+            with summing_squares(module, block.prunable, first_token_weight) as sums:
                 following = run_block(module, hidden, calls.get(block.index, 0))
             with starting_at(model, blocks, block.index, hidden):
                 for linears in parts(block):
-                    with _pruned(module, {linear: sums[linear] for linear in linears}, target):
-                        lost = _mean_divergence(parent, _logits(model, token_ids))
+                    with pruned_by_wanda(module, {linear: sums[linear] for linear in linears}, target):
+                        lost = mean_divergence(parent, spread_logits(model, token_ids))
                     if not lost < float("inf"):
                         raise ModelError(f"{block.name} gives probabilities that are no numbers when it is pruned")
                     found[tuple(map(block.weight_name, linears))] = max(0.0, lost)
@@ -93,7 +93,7 @@ def parts(block: Block) -> list[tuple[str, ...]]:
     return [tuple(linears) for linears in grouped.values()]
 
 
-def _logits(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
+def spread_logits(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     """Return [positions, vocabulary], of positions that lie evenly."""
     step = max(1, token_ids.numel() // POSITIONS)
     positions = torch.arange(step - 1, token_ids.shape[1], step, device=token_ids.device)
@@ -104,7 +104,7 @@ def _logits(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     return logits.flatten(0, 1)
 
 
-def _mean_divergence(parent: Tensor, ours: Tensor) -> float:
+def mean_divergence(parent: Tensor, ours: Tensor) -> float:
     """Return the mean of KL(parent || ours) over rows of logits [positions, vocabulary], in nats."""
     total = 0.0
     for theirs, rows in zip(torch.split(parent, _ROWS), torch.split(ours, _ROWS), strict=True):
@@ -114,7 +114,9 @@ def _mean_divergence(parent: Tensor, ours: Tensor) -> float:
 
 
 @contextmanager
-def _summing(block: nn.Module, linears: tuple[str, ...], first_weight: float) -> Iterator[dict[str, InputStatistics]]:
+def summing_squares(
+    block: nn.Module, linears: tuple[str, ...], first_weight: float
+) -> Iterator[dict[str, InputStatistics]]:
     """While it is open a pass through the block fills in the sums of squares of what each linear receives.
 
     Unlike in the norms that Wanda has elsewhere, first tokens count more: that better methods keep them, and Wanda does
@@ -141,7 +143,7 @@ def _summing(block: nn.Module, linears: tuple[str, ...], first_weight: float) ->
 
 
 @contextmanager
-def _pruned(block: nn.Module, statistics: Mapping[str, InputStatistics], target: Target) -> Iterator[None]:
+def pruned_by_wanda(block: nn.Module, statistics: Mapping[str, InputStatistics], target: Target) -> Iterator[None]:
     """While it is open some weights of the block are pruned with Wanda."""
     weights = {linear: block.get_parameter(f"{linear}.weight") for linear in statistics}
     originals = {linear: weight.data for linear, weight in weights.items()}

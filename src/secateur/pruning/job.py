@@ -40,6 +40,7 @@ from secateur.checkpoint.submodel import Provenance, finish_submodel
 from secateur.config import Recipe
 from secateur.errors import CheckpointError, ModelError
 from secateur.files import atomic_write_bytes, peak_memory
+from secateur.models.products import fast_products
 from secateur.models.replay import record_inputs
 from secateur.models.structure import Block, embedding_weights
 from secateur.models.weights import drop_parameters, set_parameters
@@ -62,9 +63,19 @@ VALUE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 
 
 def forecast_job(  # noqa: PLR0917
-    base: Base, recipe: Recipe, tokens: int, recovery: CalibrationSet | None, threads: int, workspace: Path
+    base: Base,
+    recipe: Recipe,
+    tokens: int,
+    recovery: CalibrationSet | None,
+    threads: int,
+    workspace: Path,
+    *,
+    sizing: bool = False,
 ) -> Forecast:
-    """Forecast a derivation from headers alone; raises `ResourceError` when it cannot fit."""
+    """Forecast a derivation from headers alone; raises `ResourceError` when it cannot fit.
+
+    With `sizing` the whole model is measured before, to choose between ways of making it smaller.
+    """
     needs_data = METHODS.get(recipe.method).needs != "nothing"
     footprint = Footprint.of(base)
     demand = Demand(
@@ -82,7 +93,7 @@ def forecast_job(  # noqa: PLR0917
         gram=METHODS.get(recipe.method).needs_gram,
         streams=2 if follows_parent(recipe) else 1,
         recovering=0 if recovery is None else recovery.sequence_length,
-        measuring=measures(recipe) or recipe.keep_quality is not None,
+        measuring=sizing or measures(recipe) or recipe.keep_quality is not None,
     )
     return make_forecast(demand, workspace)
 
@@ -134,6 +145,7 @@ class Job:
     plan: dict[str, Any]
     sparsity: Mapping[str, float] = field(default_factory=dict)
 
+    @fast_products()
     def run(self, progress: Progress) -> dict[str, Any]:
         """Do the work, publish the folder and return the log."""
         started, timings = time.perf_counter(), dict[str, float]()

@@ -66,6 +66,9 @@ class LayerProblem:
         if statistics.cross is not None:
             drift = (statistics.cross.to(weight.device) - gram) / norms / norms[:, None]
             aim += dense @ drift * correction
+        elif statistics.parent_outputs is not None:
+            undamped = aim - dense * damping_of(statistics)
+            aim += (statistics.parent_outputs.to(weight.device) / norms - undamped) * correction
         return cls(dense, scaled, norms, aim)
 
     def restored(self, scaled: Tensor, original: Tensor) -> Tensor:

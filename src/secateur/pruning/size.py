@@ -1,4 +1,4 @@
-"""How large a sub-model will be, and the sparsity and values with which it is as large as was asked for."""
+"""How large a sub-model will be, and the ways in which it can be as small as was asked for."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,16 +10,13 @@ from secateur.checkpoint.dense import stored_width
 from secateur.checkpoint.format import Encoding
 from secateur.checkpoint.quantise import n_groups
 from secateur.checkpoint.submodel import carried_files
-from secateur.config import DEFAULT_GROUP_SIZES, Recipe, Values
+from secateur.config import DEFAULT_GROUP_SIZES, EmbeddingValues, Recipe, Values
 from secateur.errors import ConfigError
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
 from secateur.pruning.weight import dense_encoding_of, encoding_of, is_unmasked
 
-# Of each kind of values, up to which sparsity it is taken to be better than the next one: pruning then costs less than
-# the bits that the next one saves. An estimate from the losses at 50% in docs/results/methods.md, not a measurement.
-HIGHEST = 0.9
-PREFERRED: dict[Values, float] = {"base": 0.0, "int8": 0.3, "int4": HIGHEST}
+HIGHEST = 0.9  # sparsity that is ever chosen
 _OFFSET_BYTES, _SCALE_BYTES, _TOKEN_BYTES = 8, 2, 4
 # Of a tensor: its place in a header and in the index, its padding, and its lines in the manifest.
 _TENSOR_BYTES, _OTHER_BYTES = 512, 65_536
@@ -77,8 +74,10 @@ class Footprint:
         return sum(_whole_bytes(shape, dense_encoding_of(recipe)) for shape, _ in self.whole)
 
 
-def fit(base: Base, recipe: Recipe) -> Recipe:
-    """Return the recipe with the lowest sparsity, and values if it leaves them open, that `target_size` allows.
+def ways(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
+    """Return recipes that are as small as `target_size` allows: for each kind of values, and of an embedding, one.
+
+    What the recipe says stays; of what it leaves open each kind is there, with the lowest sparsity that is allowed.
 
     Raises
     ------
@@ -86,22 +85,42 @@ def fit(base: Base, recipe: Recipe) -> Recipe:
         When nothing is as small.
     """
     target = recipe.target_size
-    if target is None:
-        return recipe
-    footprint, fixed = Footprint.of(base, base.stored_names()), "values" in recipe.model_fields_set
-    highest = {recipe.values: HIGHEST} if fixed else PREFERRED
-    for values, limit in highest.items():
-        group_size = recipe.group_size if fixed else DEFAULT_GROUP_SIZES.get(values)
-        update = {"values": values, "group_size": group_size, "target_size": None}
-        tried = recipe.model_copy(update=update if values != "base" else update | {"embedding_values": "int8"})
-        sparsity = _lowest_sparsity(footprint, tried, target, limit)
+    assert target is not None  # noqa: S101 - the only caller has looked
+    footprint = Footprint.of(base, base.stored_names())
+    found, smallest = [], ("", 0)
+    for tried in _kinds(recipe):
+        sparsity = _lowest_sparsity(footprint, tried, target, HIGHEST)
         if sparsity is not None:
-            return tried.model_copy(update={"sparsity": sparsity})
-    least = footprint.folder(tried.model_copy(update={"sparsity": HIGHEST}))
-    raise ConfigError(
-        f"a target size of {target / 1e6:,.0f} MB cannot be reached: with {tried.values} values and {HIGHEST:.0%} "
-        f"removed the sub-model has {least / 1e6:,.0f} MB"
-    )
+            found.append(tried.model_copy(update={"sparsity": sparsity}))
+        least = footprint.folder(tried.model_copy(update={"sparsity": HIGHEST}))
+        if not smallest[0] or least < smallest[1]:
+            smallest = (_described(tried), least)
+    if not found:
+        raise ConfigError(
+            f"a target size of {target / 1e6:,.0f} MB cannot be reached: with {smallest[0]} and {HIGHEST:.0%} removed "
+            f"the sub-model has {smallest[1] / 1e6:,.0f} MB"
+        )
+    return tuple(found)
+
+
+def _kinds(recipe: Recipe) -> list[Recipe]:
+    """Return the recipe with each kind of values and embedding that it leaves open."""
+    given = recipe.model_fields_set
+    kinds: tuple[Values, ...] = (recipe.values,) if "values" in given else ("base", "int8", "int4")
+    embeddings: tuple[EmbeddingValues, ...] = ("int8", "int4")
+    made = []
+    for values in kinds:
+        group_size = recipe.group_size if "values" in given else DEFAULT_GROUP_SIZES.get(values)
+        fixed = (recipe.embedding_values,) if "embedding_values" in given else embeddings
+        for embedding in fixed if values != "base" else embeddings[:1]:
+            update = {"values": values, "group_size": group_size, "embedding_values": embedding, "target_size": None}
+            made.append(recipe.model_copy(update=update))
+    return made
+
+
+def _described(recipe: Recipe) -> str:
+    beside = f", embedding {recipe.embedding_values}," if recipe.values != "base" else " values"
+    return recipe.values + beside
 
 
 def _lowest_sparsity(footprint: Footprint, recipe: Recipe, target: int, highest: float) -> float | None:

@@ -1,0 +1,145 @@
+"""What a model loses by each way of making it smaller, measured on a little text before anything is derived.
+
+Two things are measured on the whole model, by the divergence of its next-token probabilities: what it loses when all
+prunable weights are pruned to 50% with Wanda, and what it loses when embedding and head have four bits instead of
+eight, which one model hardly feels and another cannot bear. What better methods, other sparsities and rounding cost is
+reckoned from the first (docs/results/bits.md). That is rough, but ways that are as small differ by far more.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.checkpoint.format import DENSE_ENCODINGS
+from secateur.checkpoint.quantise import dequantise, quantise
+from secateur.config import Recipe
+from secateur.errors import ModelError
+from secateur.files import release_freed_memory
+from secateur.models.products import fast_products
+from secateur.models.structure import embedding_weights
+from secateur.pruning.base import Base
+from secateur.pruning.budgets import GROWTH
+from secateur.pruning.divergence import TOKENS, mean_divergence, pruned_by_wanda, spread_logits, summing_squares
+from secateur.pruning.masks import Target
+from secateur.pruning.method import Method
+from secateur.pruning.methods import METHODS
+
+_HALF = 0.5
+# Of what Wanda loses at 50%: what the same sparsity costs with a method that has a Gram matrix, and what rounding
+# costs on top of any sparsity, with such a method and without.
+_GRAM_SHARE = 0.33
+_ROUNDING = {"base": (0.0, 0.0), "int8": (0.003, 0.003), "int4": (0.09, 0.15)}
+_BY_BITS = ("base", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Nats per token that a model loses.
+
+    Attributes
+    ----------
+    halving
+        When all prunable weights are pruned to 50% with Wanda.
+    small_embedding
+        When embedding and head are int4 and not int8.
+    """
+
+    halving: float
+    small_embedding: float
+
+    def of(self, recipe: Recipe) -> float:
+        """Return what a recipe is expected to lose."""
+        method = METHODS.get(recipe.method)
+        share = _GRAM_SHARE if method.needs_gram else 1.0
+        pruning = share * math.exp(GROWTH * (recipe.sparsity - _HALF)) if recipe.sparsity else 0.0
+        embedding = self.small_embedding if _has_small_embedding(recipe) else 0.0
+        return self.halving * (pruning + self._rounding(recipe, method)) + embedding
+
+    @staticmethod
+    def _rounding(recipe: Recipe, method: Method) -> float:
+        with_gram, without = _ROUNDING[recipe.values]
+        return with_gram if method.needs_gram else without
+
+
+def cheapest(recipes: Sequence[Recipe], measure: Callable[[], Prices]) -> Recipe:
+    """Return the recipe of which least is lost; nothing is measured where that is plain."""
+    left = [one for one in recipes if not any(other is not one and _loses_less(other, one) for other in recipes)]
+    return left[0] if len(left) == 1 else min(left, key=measure().of)
+
+
+def _loses_less(one: Recipe, other: Recipe) -> bool:
+    """Return whether `one` removes no more than `other` and rounds nothing to fewer bits, and is not the same."""
+    lost, more = (
+        (recipe.sparsity, _BY_BITS.index(recipe.values), _has_small_embedding(recipe)) for recipe in (one, other)
+    )
+    return lost != more and all(a <= b for a, b in zip(lost, more, strict=True))
+
+
+def measure_prices(
+    base: Base, token_ids: Tensor, recipe: Recipe, device: torch.device, progress: Callable[[int, int], None]
+) -> Prices:
+    """Measure what a base model loses on text that is not what it will be judged by.
+
+    Parameters
+    ----------
+    token_ids
+        int64 [samples, sequence_length]: calibration text, of which the first tokens are taken.
+    recipe
+        How many tokens the first one counts as, and what scores compete in.
+    progress
+        Called with the steps that are done, and their number.
+
+    Raises
+    ------
+    ModelError
+        When the probabilities are no numbers.
+    """
+    model = base.loaded(base.tensors(device))
+    token_ids = token_ids[: max(1, TOKENS // token_ids.shape[1]), :TOKENS].to(device)
+    with torch.inference_mode(), fast_products():
+        progress(0, 3)
+        with ExitStack() as watching:
+            sums = {
+                block.name: watching.enter_context(
+                    summing_squares(model.get_submodule(block.name), block.prunable, recipe.first_token_weight)
+                )
+                for block in base.blocks
+            }
+            parent = spread_logits(model, token_ids)
+        progress(1, 3)
+        target = Target(_HALF, recipe.granularity)
+        with ExitStack() as pruned:
+            for block in base.blocks:
+                pruned.enter_context(pruned_by_wanda(model.get_submodule(block.name), sums[block.name], target))
+            halving = _finite(mean_divergence(parent, spread_logits(model, token_ids)))
+        progress(2, 3)
+        _round_embedding(model)
+        small = _finite(mean_divergence(parent, spread_logits(model, token_ids)))
+        progress(3, 3)
+    del model
+    release_freed_memory()
+    return Prices(halving, small)
+
+
+def _has_small_embedding(recipe: Recipe) -> bool:
+    return recipe.values != "base" and recipe.embedding_values == "int4"
+
+
+def _round_embedding(model: PreTrainedModel) -> None:
+    """Give embedding and head the values that they have when they are stored as int4."""
+    encoding = DENSE_ENCODINGS["int4"]
+    for weight in {id(one): one for one in map(model.get_parameter, embedding_weights(model))}.values():
+        codes = quantise(weight.data, None, None, bits=encoding.bits, group_size=encoding.group_size)
+        rounded = dequantise(codes, bits=encoding.bits, group_size=encoding.group_size, dtype=weight.dtype)
+        weight.data = rounded.to(weight.device)
+
+
+def _finite(lost: float) -> float:
+    if not lost < math.inf:
+        raise ModelError("the model gives probabilities that are no numbers when it is made smaller: give --values")
+    return max(0.0, lost)

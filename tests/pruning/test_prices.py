@@ -1,0 +1,118 @@
+"""What a model loses by each way of making it smaller, and which way is taken."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from secateur.checkpoint.format import MANIFEST, read_json
+from secateur.checkpoint.quantise import dequantise, quantise
+from secateur.config import make_recipe
+from secateur.errors import ModelError, ResourceError
+from secateur.models.source import ModelFolder
+from secateur.pruning import divergence, forecast
+from secateur.pruning import prices as prices_module
+from secateur.pruning.base import Base
+from secateur.pruning.prices import Prices, cheapest, measure_prices
+from secateur.pruning.size import Footprint
+from tests.pruning.tiny_derivation import calibration, derive_tiny
+from tests.tiny import save_tiny
+
+SIZES = {"hidden_size": 512, "intermediate_size": 2048}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])  # the second has a tied head
+def base(request, tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp(request.param) / "base", request.param, dtype=torch.float32, **SIZES)
+
+
+def recipe(**options):
+    return make_recipe({"for": "python", "method": "admm", **options})
+
+
+def measured(base):
+    token_ids = torch.from_numpy(calibration().token_ids)
+    opened = Base.open(ModelFolder(base, "tiny"))
+    return measure_prices(opened, token_ids, recipe(first_token_weight=1.0), torch.device("cpu"), lambda *_: None)
+
+
+def divergence_of(theirs, ours, token_ids):
+    with torch.inference_mode():
+        wanted, found = (model(token_ids).logits.double().log_softmax(-1) for model in (theirs, ours))
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+def test_prices_are_divergences_of_whole_models(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(divergence, "POSITIONS", 5 * 48)  # all of them
+    found = measured(base)
+    token_ids = torch.from_numpy(calibration().token_ids)
+    parent, changed = (AutoModelForCausalLM.from_pretrained(base).eval() for _ in range(2))
+    derive_tiny(base, tmp_path / "sub", propagate=False, sparsity=0.5)
+    halved = AutoModelForCausalLM.from_pretrained(tmp_path / "sub").eval()
+    assert found.halving == pytest.approx(divergence_of(parent, halved, token_ids), rel=1e-3)
+    for module in {changed.get_input_embeddings(), changed.get_output_embeddings()}:
+        codes = quantise(module.weight.data, None, None, bits=4, group_size=32)
+        module.weight.data = dequantise(codes, bits=4, group_size=32)
+    assert found.small_embedding == pytest.approx(divergence_of(parent, changed, token_ids), rel=1e-3)
+    assert found.halving > 0 < found.small_embedding
+
+
+def test_what_is_lost_grows_with_the_sparsity_and_with_fewer_bits():
+    prices = Prices(0.6, 0.05)
+    losses = [prices.of(recipe(values="int4", sparsity=one)) for one in (0.0, 0.2, 0.5, 0.7)]
+    assert losses == sorted(losses)
+    by_values = [prices.of(recipe(values=one, sparsity=0.5)) for one in ("base", "int8", "int4")]
+    assert by_values == sorted(by_values)
+    assert prices.of(recipe(values="base", sparsity=0.0)) == 0
+    small = [prices.of(recipe(values="int8", embedding_values=one)) for one in ("int8", "int4")]
+    assert small[1] - small[0] == pytest.approx(0.05)
+    assert prices.of(recipe(values="base", method="wanda")) == pytest.approx(0.6)
+    assert prices.of(recipe(values="base")) < 0.5 * prices.of(recipe(values="base", method="wanda"))
+
+
+@pytest.mark.parametrize(("small_embedding", "embedding"), [(1e-4, "int4"), (0.5, "int8")])
+def test_the_embedding_is_small_where_that_costs_less_than_pruning(
+    base, tmp_path, monkeypatch, small_embedding, embedding
+):
+    """The sparsity that an embedding of eight bits asks for costs some tenths of what half of the weights do."""
+    monkeypatch.setattr("secateur.pruning.derive.measure_prices", lambda *_: Prices(0.3, small_embedding))
+    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="int4", sparsity=0.4))
+    said = []
+    done = derive_tiny(base, tmp_path / "out", target_size=target, announce=said.append)
+    chosen = read_json(done.path / MANIFEST)["recipe"]
+    assert (chosen["values"], chosen["embedding_values"]) == ("int4", embedding)
+    assert sum(path.stat().st_size for path in done.path.iterdir()) <= target
+    assert said[0] == (f"for {target / 1e6:,.0f} MB: values int4, embedding {embedding}, sparsity {chosen['sparsity']}")
+    again = derive_tiny(base, tmp_path / "out", target_size=target, resume=True)
+    assert again.log == {}
+
+
+def test_int8_is_taken_where_little_has_to_be_removed():
+    prices = Prices(0.5, 10.0)
+    few = [recipe(values="int8", sparsity=0.1), recipe(values="int4", sparsity=0.0)]
+    many = [recipe(values="int8", sparsity=0.6), recipe(values="int4", sparsity=0.3)]
+    assert [cheapest(one, lambda: prices).values for one in (few, many)] == ["int8", "int4"]
+
+
+def test_nothing_is_measured_where_the_answer_is_plain():
+    whole, int8 = recipe(values="base", sparsity=0.0), recipe(values="int8", sparsity=0.0)
+    smaller = recipe(values="int8", sparsity=0.0, embedding_values="int4")
+    int4 = recipe(values="int4", sparsity=0.1)
+    for recipes in ((whole, int8, smaller, int4), (smaller, int4, int8), (smaller,)):
+        best = min(recipes, key=[whole, int8, smaller, int4].index)
+        assert cheapest(recipes, lambda: pytest.fail("measured")) is best
+
+
+def test_a_model_that_does_not_fit_whole_is_refused_unless_the_kinds_are_given(tmp_path, monkeypatch):
+    base = save_tiny(tmp_path / "base")
+    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="int4", sparsity=0.5))
+    monkeypatch.setattr(forecast, "available_memory", lambda: 4_000_000)
+    with pytest.raises(ResourceError, match="--values and --embedding-values beside --target-size"):
+        derive_tiny(base, tmp_path / "out", target_size=target)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    derive_tiny(base, tmp_path / "out", target_size=target, values="int4", embedding_values="int8")
+
+
+def test_a_model_that_gives_no_numbers_is_refused(base, monkeypatch):
+    monkeypatch.setattr(prices_module, "mean_divergence", lambda *_: float("nan"))
+    with pytest.raises(ModelError, match="no numbers"):
+        measured(base)
