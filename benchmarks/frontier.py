@@ -1,11 +1,12 @@
 """The page on which a person decides: bytes, decoding speed and quality of sub-models beside llama.cpp's own files.
 
     python benchmarks/frontier.py PARENT.gguf -o OUT [--for python] [--sizes 200MB 250MB 300MB] [--subs FOLDER ...] \\
-        [--types Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M IQ3_XS Q2_K] [--smaller MODEL.gguf ...] [--samples 64] [--preset best]
+        [--types Q8_0 Q4_K_M Q2_K Q2_K/Q4_0 ...] [--smaller MODEL.gguf ...] [--samples 64] [--preset best]
 
 For one parent and one domain: sub-models derived for each size (`secateur derive --target-size`) and those named with
 `--subs`; the parent quantised by llama.cpp to each type, with an importance matrix from the same calibration text (the
-mean squares of the inputs of each weight, which is what llama-imatrix computes); and smaller dense models. Quality is
+mean squares of the inputs of each weight, which is what llama-imatrix computes); and smaller dense models. A type may
+name that of embedding and head behind a slash: without it llama.cpp gives them more bits, often Q8_0. Quality is
 bits per byte of the same held-out text, of the values as they are stored: llama.cpp's are unpacked and run by
 transformers, so that no rounding of activations is held against either side. Speed is one run of `secateur benchmark`
 in which all of them alternate. Writes OUT/NAME.json for each model, OUT/frontier.json and, where matplotlib is
@@ -31,7 +32,7 @@ from secateur.models.source import load_tokenizer, resolve_model
 from secateur.models.structure import find_blocks
 from secateur.pruning.derive import derive_recipe
 
-TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ3_XS", "Q2_K")
+TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ3_XS", "Q2_K", "Q4_0/Q4_0", "Q3_K_M/Q4_0", "Q2_K/Q4_0")
 GENERAL = "general"
 
 
@@ -72,7 +73,10 @@ def quantise(gguf, kind, matrix, target):
         entry.name, entry.size = name.encode(), len(values)
         entry.data = ctypes.cast(values.contiguous().data_ptr(), ctypes.POINTER(ctypes.c_float))
     options = llama_cpp.llama_model_quantize_default_params()
+    kind, _, embedding = kind.partition("/")
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if embedding:
+        options.token_embedding_type = options.output_tensor_type = getattr(llama_cpp, f"GGML_TYPE_{embedding}")
     options.allow_requantize = True
     options.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     with atomic_file(target) as partial:
@@ -84,7 +88,7 @@ def llama_files(options, folder):
     """Return {type: file}, made where they are not there yet."""
     found, matrix = {}, None
     for kind in options.types:
-        found[kind] = options.output / f"{options.domain.replace('/', '_')}-{kind}.gguf"
+        found[kind] = options.output / f"{options.domain}-{kind}.gguf".replace("/", "_")
         if not found[kind].exists():
             matrix = matrix or importance_matrix(folder, options.domain, options.samples, options.data)
             quantise(options.parent, kind, matrix, found[kind])
@@ -126,7 +130,7 @@ def quality(options, name, path):
         print(name, {one: round(cell.bits_per_byte, 4) for one, cell in cells.items()}, flush=True)
         return {one: [cell.bits_per_byte, cell.perplexity] for one, cell in cells.items()}
 
-    return cached(options.output / f"quality-{name}.json", settings, make)
+    return cached(options.output / f"quality-{name.replace('/', '_')}.json", settings, make)
 
 
 def described(path):
@@ -134,7 +138,9 @@ def described(path):
     if not path.is_dir():
         return ""
     manifest = read_json(path / MANIFEST)
-    return f"{manifest['recipe']['method']}, {manifest['values']}, {manifest['sparsity']:.1%}"
+    recipe = manifest["recipe"]
+    embedding = "" if recipe["values"] == "base" else f", embedding {recipe['embedding_values']}"
+    return f"{recipe['method']}, {manifest['values']}, {manifest['sparsity']:.1%}{embedding}"
 
 
 def speeds(options, models):
