@@ -50,7 +50,7 @@ RowsFunction choose(const sct_weight &w) {
         case SCT_BF16: return w.bitmask ? float_rows<T, false, false> : float_rows<T, false, true>;
         case SCT_FP16: return w.bitmask ? float_rows<T, true, false> : float_rows<T, true, true>;
         case SCT_INT4:
-            if (!w.bitmask) return block_rows;  // no sub-model has dense nibbles
+            if (!w.bitmask) return block_rows;  // as fast as nibbles behind a mask are here
             return narrow ? code_rows<T, true, false, true> : code_rows<T, true, false, false>;
         default:
             if (!w.bitmask) return narrow ? code_rows<T, false, true, true> : code_rows<T, false, true, false>;

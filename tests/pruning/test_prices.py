@@ -63,6 +63,8 @@ def test_what_is_lost_grows_with_the_sparsity_and_with_fewer_bits():
     by_values = [prices.of(recipe(values=one, sparsity=0.5)) for one in ("base", "int8", "int4")]
     assert by_values == sorted(by_values)
     assert prices.of(recipe(values="base", sparsity=0.0)) == 0
+    by_groups = [prices.of(recipe(values="int4", group_size=one)) for one in (32, 64, 128)]
+    assert by_groups == sorted(by_groups)
     small = [prices.of(recipe(values="int8", embedding_values=one)) for one in ("int8", "int4")]
     assert small[1] - small[0] == pytest.approx(0.05)
     assert prices.of(recipe(values="base", method="wanda")) == pytest.approx(0.6)
@@ -73,9 +75,9 @@ def test_what_is_lost_grows_with_the_sparsity_and_with_fewer_bits():
 def test_the_embedding_is_small_where_that_costs_less_than_pruning(
     base, tmp_path, monkeypatch, small_embedding, embedding
 ):
-    """The sparsity that an embedding of eight bits asks for costs some tenths of what half of the weights do."""
+    """The sparsity that an embedding of eight bits asks for costs some hundredths of what half of the weights do."""
     monkeypatch.setattr("secateur.pruning.derive.measure_prices", lambda *_: Prices(0.3, small_embedding))
-    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="int4", sparsity=0.4))
+    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="int4", sparsity=0.5))
     said = []
     done = derive_tiny(base, tmp_path / "out", target_size=target, announce=said.append)
     chosen = read_json(done.path / MANIFEST)["recipe"]
@@ -96,7 +98,7 @@ def test_int8_is_taken_where_little_has_to_be_removed():
 def test_nothing_is_measured_where_the_answer_is_plain():
     whole, int8 = recipe(values="base", sparsity=0.0), recipe(values="int8", sparsity=0.0)
     smaller = recipe(values="int8", sparsity=0.0, embedding_values="int4")
-    int4 = recipe(values="int4", sparsity=0.1)
+    int4 = recipe(values="int4", sparsity=0.1, group_size=32)
     for recipes in ((whole, int8, smaller, int4), (smaller, int4, int8), (smaller,)):
         best = min(recipes, key=[whole, int8, smaller, int4].index)
         assert cheapest(recipes, lambda: pytest.fail("measured")) is best

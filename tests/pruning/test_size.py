@@ -71,11 +71,15 @@ def test_a_head_that_is_stored_beside_a_tied_embedding_counts(tmp_path, head, ma
     assert foretold[0] == matrices * foretold[1]
 
 
-KINDS = [("base", "int8"), ("int8", "int8"), ("int8", "int4"), ("int4", "int8"), ("int4", "int4")]
+KINDS = [
+    ("base", None, "int8"),
+    *(("int8", 128, embedding) for embedding in ("int8", "int4")),
+    *(("int4", groups, embedding) for groups in (32, 64, 128) for embedding in ("int8", "int4")),
+]
 
 
 def kinds(recipes):
-    return [(one.values, one.embedding_values) for one in recipes]
+    return [(one.values, one.group_size, one.embedding_values) for one in recipes]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
@@ -91,17 +95,16 @@ def test_there_is_a_way_of_each_kind_with_the_lowest_sparsity(base, share):
             assert footprint.folder(one.model_copy(update={"sparsity": one.sparsity - 0.002})) > target
         # Each can be carried out again as it is.
         assert make_recipe(one.to_dict()) == one
-    assert [one.group_size for one in found] == [None, 128, 128, 64, 64]
 
 
 def test_kinds_that_cannot_be_so_small_are_left_out(base):
     least = {kind: least_size(base, *kind) for kind in KINDS}
-    target = (least["int8", "int4"] + least["int4", "int8"]) // 2
+    target = (min(least.values()) + max(least.values())) // 2
     assert kinds(ways(opened(base), recipe(target_size=target))) == [kind for kind in KINDS if least[kind] <= target]
 
 
-def least_size(base, values, embedding):
-    chosen = {"embedding_values": embedding} if values != "base" else {}
+def least_size(base, values, groups, embedding):
+    chosen = {"embedding_values": embedding, "group_size": groups} if values != "base" else {}
     return Footprint.of(opened(base)).folder(recipe(values=values, sparsity=HIGHEST, **chosen))
 
 
@@ -109,9 +112,11 @@ def least_size(base, values, embedding):
     ("options", "expected"),
     [
         ({"values": "int8"}, KINDS[1:3]),
-        ({"values": "int4", "embedding_values": "int4"}, KINDS[4:]),
+        ({"values": "int4"}, KINDS[5:7]),
+        ({"values": "int4", "embedding_values": "int4"}, KINDS[6:7]),
+        ({"values": "int4", "group_size": 32, "embedding_values": "int8"}, KINDS[3:4]),
         ({"values": "base"}, KINDS[:1]),
-        ({"embedding_values": "int4"}, [KINDS[0], KINDS[2], KINDS[4]]),
+        ({"embedding_values": "int4"}, [KINDS[0], *KINDS[2::2]]),
     ],
 )
 def test_what_is_given_stays(base, options, expected):

@@ -33,7 +33,9 @@ _HALF = 0.5
 # Of what Wanda loses at 50%: what the same sparsity costs with a method that has a Gram matrix, and what rounding
 # costs on top of any sparsity, with such a method and without.
 _GRAM_SHARE = 0.33
-_ROUNDING = {"base": (0.0, 0.0), "int8": (0.003, 0.003), "int4": (0.09, 0.15)}
+_ROUNDING = {"base": (0.0, 0.0), "int8": (0.003, 0.003), "int4": (0.11, 0.16)}
+# The same of int4 by its groups: what a scale for more or fewer inputs costs, beside that for 64.
+_GROUPS = {32: 0.75, 64: 1.0, 128: 1.3}
 _BY_BITS = ("base", "int8", "int4")
 
 
@@ -62,8 +64,8 @@ class Prices:
 
     @staticmethod
     def _rounding(recipe: Recipe, method: Method) -> float:
-        with_gram, without = _ROUNDING[recipe.values]
-        return with_gram if method.needs_gram else without
+        cost = _ROUNDING[recipe.values][0 if method.needs_gram else 1]
+        return cost * _GROUPS.get(recipe.group_size or 0, 1.0) if recipe.values == "int4" else cost
 
 
 def cheapest(recipes: Sequence[Recipe], measure: Callable[[], Prices]) -> Recipe:
@@ -73,11 +75,14 @@ def cheapest(recipes: Sequence[Recipe], measure: Callable[[], Prices]) -> Recipe
 
 
 def _loses_less(one: Recipe, other: Recipe) -> bool:
-    """Return whether `one` removes no more than `other` and rounds nothing to fewer bits, and is not the same."""
-    lost, more = (
-        (recipe.sparsity, _BY_BITS.index(recipe.values), _has_small_embedding(recipe)) for recipe in (one, other)
-    )
-    return lost != more and all(a <= b for a, b in zip(lost, more, strict=True))
+    """Return whether `one` removes no more than `other` and rounds nothing more, and is not the same."""
+
+    def lost(recipe: Recipe) -> tuple[float, ...]:
+        groups = recipe.group_size or 0 if recipe.values == "int4" else 0
+        return recipe.sparsity, _BY_BITS.index(recipe.values), _has_small_embedding(recipe), groups
+
+    mine, theirs = lost(one), lost(other)
+    return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
 def measure_prices(

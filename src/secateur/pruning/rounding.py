@@ -1,8 +1,10 @@
 """Codes that make up for each other's rounding: quantisation under a mask with the Gram matrix of the inputs.
 
-Rounding each weight to its nearest code is best for one weight at a time. Here one column after the other takes the
-code that is best given all others, so that what one weight loses its neighbours give back (coordinate descent on the
-error of the layer; GPTQ, Frantar et al. 2023, does one pass of the same kind without a mask). The error never grows.
+Rounding each weight to its nearest code is best for one weight at a time. Here the codes of a row are chosen together,
+in two steps. First one column after the other is rounded, and the columns behind it take over what that has cost (GPTQ,
+Frantar et al. 2023; what was removed stays 0, and passes on what it should have taken). Then each column in turn takes
+the code that is best given all others, before and behind it (coordinate descent on the error of the layer). The first
+step gives the second one a better place to begin: it would stop too early from the nearest codes.
 """
 
 import torch
@@ -16,39 +18,82 @@ _BLOCK = 128  # columns after which the others are told what has changed
 
 
 def settle(
-    problem: LayerProblem, quantised: Quantised, mask: Tensor, *, bits: int, group_size: int, sweeps: int = SWEEPS
+    problem: LayerProblem,
+    weight: Tensor,
+    quantised: Quantised,
+    mask: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    sweeps: int = SWEEPS,
 ) -> Quantised:
-    """Return better codes for the same scales.
+    """Return better codes for the same scales; the error of the layer is no larger than with those that are given.
 
     Parameters
     ----------
     problem
         Of the dense weight [out_features, in_features]: what is approximated.
+    weight
+        The pruned weight, not scaled: where the first step begins. What is not kept is ignored.
     quantised
-        Codes to begin with, such as the nearest ones.
+        Its nearest codes, with which a row begins where the first step has found none that are better.
     mask
         bool [out_features, in_features], True = kept; removed weights keep the code of 0.
     bits, group_size
         As `quantise` has them.
     sweeps
-        How often each column is visited; it ends as soon as none changes.
+        How often the second step visits each column; it ends as soon as none changes.
     """
-    lowest, highest = RANGES[bits]
-    gram, device = problem.gram, problem.gram.device
-    width = gram.shape[0]
+    device = problem.gram.device
     # All [in_features, out_features] from here on: an input's weights lie side by side.
-    codes = (quantised.codes.to(device).float() - OFFSETS[bits]).T.contiguous()
-    steps = (spread_scales(quantised.scales.to(device), group_size, width) * problem.norms).T.contiguous()
+    nearest = (quantised.codes.to(device).float() - OFFSETS[bits]).T.contiguous()
+    spread = spread_scales(quantised.scales.to(device), group_size, len(problem.gram))
+    steps = (spread * problem.norms).T.contiguous()
     steps *= mask.to(device).T  # what is removed, or has no scale, cannot move
-    inverse = torch.where(steps != 0, 1 / torch.where(steps != 0, steps, 1.0), 0.0) / gram.diagonal()[:, None]
+    begin = (weight.to(device).float() * problem.norms).T * mask.to(device).T
+    codes = _better_rows(problem, steps, nearest, _in_order(problem, begin.contiguous(), steps, RANGES[bits]))
+    codes = _descend(problem, codes, steps, RANGES[bits], sweeps)
+    return Quantised((codes.T + OFFSETS[bits]).to(torch.uint8).contiguous().cpu(), quantised.scales)
+
+
+def _in_order(problem: LayerProblem, weight: Tensor, steps: Tensor, limits: tuple[int, int]) -> Tensor:
+    """Round one column after the other and let those behind it take over the difference; takes the weight."""
+    upper = problem.factor().to(weight.device)
+    inverse, codes, width = _inverse(steps), torch.zeros_like(weight), len(weight)
+    for begin in range(0, width, _BLOCK):
+        end = min(width, begin + _BLOCK)
+        here, errors = weight[begin:end], torch.empty_like(weight[begin:end])
+        for j in range(begin, end):
+            code = torch.mul(here[j - begin], inverse[j], out=codes[j]).round_().clamp_(*limits)
+            error = torch.addcmul(here[j - begin], code, steps[j], value=-1, out=errors[j - begin])
+            error /= upper[j, j]
+            here[j + 1 - begin :].addr_(upper[j, j + 1 : end], error, alpha=-1)
+        weight[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
+    return codes
+
+
+def _better_rows(problem: LayerProblem, steps: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return for each row of the weight (a column here) those of two sets of codes whose error is less."""
+
+    def error(codes: Tensor) -> Tensor:  # but for what is the same of both: q G q - 2 q aim
+        values = codes * steps
+        return (values * (problem.gram @ values - 2 * problem.aim.T)).sum(0)
+
+    return torch.where(error(second) < error(first), second, first)
+
+
+def _descend(problem: LayerProblem, codes: Tensor, steps: Tensor, limits: tuple[int, int], sweeps: int) -> Tensor:
+    """Let each column take its best code given all others, until none changes or `sweeps` are done; takes the codes."""
+    gram, width = problem.gram, len(codes)
+    inverse = _inverse(steps) / gram.diagonal()[:, None]
     residual = (problem.aim - (codes * steps).T @ gram).T.contiguous()
     for _ in range(sweeps):
         changed = False
         for begin in range(0, width, _BLOCK):
             end = min(width, begin + _BLOCK)
-            here, moved = residual[begin:end].clone(), torch.empty(end - begin, codes.shape[1], device=device)
+            here, moved = residual[begin:end].clone(), torch.empty_like(residual[begin:end])
             for j in range(begin, end):
-                wanted = torch.addcmul(codes[j], here[j - begin], inverse[j]).round_().clamp_(lowest, highest)
+                wanted = torch.addcmul(codes[j], here[j - begin], inverse[j]).round_().clamp_(*limits)
                 move = torch.mul(wanted - codes[j], steps[j], out=moved[j - begin])
                 codes[j] = wanted
                 here[j + 1 - begin :].addr_(gram[j, j + 1 : end], move, alpha=-1)
@@ -57,4 +102,9 @@ def settle(
                 changed = True
         if not changed:
             break
-    return Quantised((codes.T + OFFSETS[bits]).to(torch.uint8).contiguous().cpu(), quantised.scales)
+    return codes
+
+
+def _inverse(steps: Tensor) -> Tensor:
+    """Return 1 / steps, and 0 where a step is 0."""
+    return torch.where(steps != 0, 1 / torch.where(steps != 0, steps, 1.0), 0.0)

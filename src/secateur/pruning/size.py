@@ -10,13 +10,22 @@ from secateur.checkpoint.dense import stored_width
 from secateur.checkpoint.format import Encoding
 from secateur.checkpoint.quantise import n_groups
 from secateur.checkpoint.submodel import carried_files
-from secateur.config import DEFAULT_GROUP_SIZES, EmbeddingValues, Recipe, Values
+from secateur.config import EmbeddingValues, GroupSize, Recipe, Values
 from secateur.errors import ConfigError
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
 from secateur.pruning.weight import dense_encoding_of, encoding_of, is_unmasked
 
 HIGHEST = 0.9  # sparsity that is ever chosen
+# What is tried where a recipe leaves it open; int8 gains nothing by smaller groups.
+_VALUES: tuple[tuple[Values, GroupSize | None], ...] = (
+    ("base", None),
+    ("int8", 128),
+    ("int4", 32),
+    ("int4", 64),
+    ("int4", 128),
+)
+_EMBEDDINGS: tuple[EmbeddingValues, ...] = ("int8", "int4")
 _OFFSET_BYTES, _SCALE_BYTES, _TOKEN_BYTES = 8, 2, 4
 # Of a tensor: its place in a header and in the index, its padding, and its lines in the manifest.
 _TENSOR_BYTES, _OTHER_BYTES = 512, 65_536
@@ -104,15 +113,13 @@ def ways(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
 
 
 def _kinds(recipe: Recipe) -> list[Recipe]:
-    """Return the recipe with each kind of values and embedding that it leaves open."""
+    """Return the recipe with each kind of values, groups and embedding that it leaves open."""
     given = recipe.model_fields_set
-    kinds: tuple[Values, ...] = (recipe.values,) if "values" in given else ("base", "int8", "int4")
-    embeddings: tuple[EmbeddingValues, ...] = ("int8", "int4")
+    kinds = ((recipe.values, recipe.group_size),) if "values" in given else _VALUES
+    embeddings = (recipe.embedding_values,) if "embedding_values" in given else _EMBEDDINGS
     made = []
-    for values in kinds:
-        group_size = recipe.group_size if "values" in given else DEFAULT_GROUP_SIZES.get(values)
-        fixed = (recipe.embedding_values,) if "embedding_values" in given else embeddings
-        for embedding in fixed if values != "base" else embeddings[:1]:
+    for values, group_size in kinds:
+        for embedding in embeddings if values != "base" else _EMBEDDINGS[:1]:
             update = {"values": values, "group_size": group_size, "embedding_values": embedding, "target_size": None}
             made.append(recipe.model_copy(update=update))
     return made

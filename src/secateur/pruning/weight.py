@@ -62,7 +62,7 @@ def _quantise(
     if statistics is None or statistics.gram is None:
         return nearest
     problem = LayerProblem.of(dense, statistics, target.correction)
-    return settle(problem, nearest, pruned.mask, bits=bits, group_size=group_size)
+    return settle(problem, pruned.weight, nearest, pruned.mask, bits=bits, group_size=group_size)
 
 
 def pack_weight(
