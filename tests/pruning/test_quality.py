@@ -16,12 +16,15 @@ from secateur.calibration.packing import build_calibration_set
 from secateur.checkpoint.format import LOCK, LOG, MANIFEST, read_json
 from secateur.config import Recipe, make_recipe
 from secateur.errors import ConfigError, CorpusError, OutputError, ResourceError
+from secateur.models.products import fast_products
 from secateur.models.source import ModelFolder
 from secateur.pruning import derive as derive_module
 from secateur.pruning import forecast
 from secateur.pruning.base import Base
+from secateur.pruning.budgets import GROWTH
 from secateur.pruning.quality import SAMPLES, Judge, allowed_loss, kept, unseen_text
-from secateur.pruning.search import propose
+from secateur.pruning.search import propose, small_embedding_pays
+from secateur.pruning.size import Footprint
 from secateur.pruning.texts import Texts
 from secateur.pruning.trials import TRIALS, Trial, search_folder
 from tests.calibration.texts import byte_tokenizer, write_data, write_folder
@@ -41,7 +44,7 @@ def base(tmp_path, monkeypatch):
 def nats(folder):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     token_ids = torch.from_numpy(UNSEEN)
-    with torch.inference_mode():
+    with torch.inference_mode(), fast_products():
         logits = model(token_ids).logits[:, :-1].float()
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), token_ids[:, 1:].flatten()))
 
@@ -55,11 +58,53 @@ def test_the_judge_measures_what_transformers_does(base, tmp_path, options):
     assert abs(judge.submodel(sub.path) - judge.parent()) > 1e-4
 
 
+def test_the_judge_rounds_the_embedding_as_it_is_stored(base, tmp_path):
+    judge = Judge(Base.open(ModelFolder(base, "tiny")), UNSEEN, torch.device("cpu"), lambda *_: None)
+    stored = derive_tiny(base, tmp_path / "sub", sparsity=0.0, values="int8", embedding_values="int4")
+    changed = AutoModelForCausalLM.from_pretrained(base)
+    of_stored = AutoModelForCausalLM.from_pretrained(stored.path)
+    changed.get_input_embeddings().weight.data = of_stored.get_input_embeddings().weight.data.to(changed.dtype)
+    changed.save_pretrained(tmp_path / "changed")
+    assert judge.small_embedding() == pytest.approx(nats(tmp_path / "changed"), rel=1e-4)
+    assert abs(judge.small_embedding() - judge.parent()) > 1e-5
+
+
+@pytest.mark.parametrize("lost", [-0.01, 0.0, 1e-4, 0.01, 0.03, 0.05, 0.09, 0.1, 0.2])
+def test_an_embedding_of_four_bits_pays_where_the_whole_is_smaller(lost):
+    """Held against the sizes of both, each with the sparsity that an allowed loss of 0.1 leaves."""
+    entries, saved, at_half = 10_000_000, 1_200_000, 0.12
+    footprint = Footprint(((torch.Size((1000, entries // 1000)), 2),), (), (), 0)
+
+    def size(allowed, embedding):
+        if allowed <= 0:
+            return math.inf
+        return embedding + entries / 2 * (1 - (0.5 + math.log(allowed / at_half) / GROWTH))
+
+    smaller = size(0.1 - max(lost, 0), 0) < size(0.1, saved)
+    assert small_embedding_pays(lost, 0.1, saved, footprint, "int4") == smaller
+    assert small_embedding_pays(0.0, 0.1, saved, footprint, "int4")
+    assert not small_embedding_pays(0.099, 0.1, saved, footprint, "int4")
+
+
+@pytest.mark.usefixtures("fake_judge")
+def test_the_embedding_is_small_where_that_pays(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(Judge, "small_embedding", lambda _: 1.0001)
+    made = derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.09)
+    assert (made.manifest["values"], made.manifest["recipe"]["embedding_values"]) == ("int4", "int4")
+    measured = made.log["keep_quality"]
+    assert measured["small_embedding"] == pytest.approx(1e-4)
+    assert {one["embedding"] for one in measured["trials"]} == {"int4"}
+    assert derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.09, resume=True).log == {}
+    fixed = derive_tiny(base, tmp_path / "fixed", keep_quality=1 / 1.09, embedding_values="int8")
+    assert fixed.manifest["recipe"]["embedding_values"] == "int8"
+    assert fixed.log["keep_quality"]["small_embedding"] is None
+
+
 def simulated(loss_at, allowed, values="int4"):
     """Try what is proposed for a model that loses `loss_at(sparsity)`; return the trials."""
     trials = []
     while (sparsity := propose(trials, values, allowed)) is not None:
-        trials.append(Trial(values, sparsity, loss_at(sparsity)))
+        trials.append(Trial(values, "int8", sparsity, loss_at(sparsity)))
         assert len(trials) < 12
     return trials
 
@@ -124,6 +169,7 @@ def fake_judge(monkeypatch):
         return 1 + {"int4": 0.05, "int8": 0.001}[manifest["values"]] + 0.1 * manifest["recipe"]["sparsity"]
 
     monkeypatch.setattr(Judge, "parent", lambda _: 1.0)
+    monkeypatch.setattr(Judge, "small_embedding", lambda _: 2.0)
     monkeypatch.setattr(Judge, "submodel", nats_of)
 
 

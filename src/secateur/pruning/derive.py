@@ -26,9 +26,9 @@ from secateur.pruning.methods import METHODS
 from secateur.pruning.prices import Prices, cheapest, measure_prices
 from secateur.pruning.quality import Judge, unseen_text
 from secateur.pruning.search import find_sparsity
-from secateur.pruning.size import ways
+from secateur.pruning.size import Footprint, ways
 from secateur.pruning.texts import Texts, check_length
-from secateur.pruning.trials import SEARCHED, check_kept, check_search, clear, is_open, open_trials, search_folder
+from secateur.pruning.trials import check_kept, check_search, clear, open_trials, search_folder, searched
 from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder
 
 
@@ -285,9 +285,8 @@ def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -
     forecast_job(base, recipe, texts.calibration.token_ids.size, texts.recovery, threads, search_folder(output))
     unseen = unseen_text(texts, load_tokenizer(base.folder), execution.data)
     plan = _plan(base, recipe, texts, None, execution)
-    settled = SEARCHED if is_open(recipe) else SEARCHED[:1]
     asked = {key: one for key, one in plan.items() if not key.startswith("run_")} | {
-        "recipe": plan["recipe"] | dict.fromkeys(settled),
+        "recipe": plan["recipe"] | dict.fromkeys(searched(recipe)),
         "unseen": token_ids_hash(unseen),
     }
     judge = Judge(base, unseen, device, lambda done, total: execution.progress("measure", done, total))
@@ -298,7 +297,8 @@ def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -
 
     with open_trials(output, asked, resume=execution.resume) as trials:
         with limited_threads(threads):
-            best = find_sparsity(trials, recipe, quality, judge, one, execution.announce or (lambda _: None))
+            footprint, say = Footprint.of(base, base.stored_names()), execution.announce or (lambda _: None)
+            best = find_sparsity(trials, recipe, quality, judge, footprint, one, say)
         log = trials.publish(best)
     return SubModel(output, read_json(output / MANIFEST), log)
 

@@ -123,7 +123,7 @@ def measure_prices(
                 pruned.enter_context(pruned_by_wanda(model.get_submodule(block.name), sums[block.name], target))
             halving = _finite(mean_divergence(parent, spread_logits(model, token_ids)))
         progress(2, 3)
-        _round_embedding(model)
+        round_embedding(model)
         small = _finite(mean_divergence(parent, spread_logits(model, token_ids)))
         progress(3, 3)
     del model
@@ -135,13 +135,14 @@ def _has_small_embedding(recipe: Recipe) -> bool:
     return recipe.values != "base" and recipe.embedding_values == "int4"
 
 
-def _round_embedding(model: PreTrainedModel) -> None:
-    """Give embedding and head the values that they have when they are stored as int4."""
+def round_embedding(model: PreTrainedModel) -> PreTrainedModel:
+    """Give embedding and head of a model the values that they have when they are stored as int4; return the model."""
     encoding = DENSE_ENCODINGS["int4"]
     for weight in {id(one): one for one in map(model.get_parameter, embedding_weights(model))}.values():
         codes = quantise(weight.data, None, None, bits=encoding.bits, group_size=encoding.group_size)
         rounded = dequantise(codes, bits=encoding.bits, group_size=encoding.group_size, dtype=weight.dtype)
         weight.data = rounded.to(weight.device)
+    return model
 
 
 def _finite(lost: float) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from secateur.calibration.packing import unseen_sequences
 from secateur.calibration.spans import Tokenizer
@@ -22,6 +23,7 @@ from secateur.errors import ConfigError, CorpusError, ModelError
 from secateur.files import release_freed_memory
 from secateur.models.likelihood import token_log_likelihood
 from secateur.pruning.base import Base
+from secateur.pruning.prices import round_embedding
 from secateur.pruning.texts import Texts
 
 SAMPLES = 32  # sequences that quality is measured on
@@ -40,6 +42,10 @@ class Judge:
         """Return the nats per token of the base model."""
         return self._nats(self._base.tensors(self._device))
 
+    def small_embedding(self) -> float:
+        """Return the nats per token of the base model when its embedding and head are int4."""
+        return self._nats_of(round_embedding(self._base.loaded(self._base.tensors(self._device))))
+
     def submodel(self, folder: Path) -> float:
         """Return the nats per token of a sub-model, with its values as they are stored."""
         opened, dtype = open_submodel(folder), self._base.computing_dtype()
@@ -50,7 +56,9 @@ class Judge:
         return self._nats(tensors)
 
     def _nats(self, tensors: Mapping[str, Tensor]) -> float:
-        model = self._base.loaded(tensors)
+        return self._nats_of(self._base.loaded(tensors))
+
+    def _nats_of(self, model: PreTrainedModel) -> float:
         total, sequences = 0.0, len(self._token_ids)
         for number, row in enumerate(self._token_ids):
             self._progress(number, sequences)

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from secateur.checkpoint.format import INTEGER_BITS
-from secateur.config import DEFAULT_GROUP_SIZES, Recipe, Values
+from secateur.config import DEFAULT_GROUP_SIZES, EmbeddingValues, Recipe, Values
 from secateur.errors import ConfigError
 from secateur.pruning.budgets import GROWTH
 from secateur.pruning.quality import Judge, allowed_loss, kept
-from secateur.pruning.size import HIGHEST
-from secateur.pruning.trials import Trial, Trials, is_open
+from secateur.pruning.size import HIGHEST, Footprint
+from secateur.pruning.trials import Trial, Trials, best_of, searched
 
 _FIRST, _PRECISION, _LONGEST_STEP = 0.5, 0.02, 0.25
 _WORTHWHILE = 0.03  # what a bitmask has to save beyond its own size, in shares of the weights
@@ -22,27 +22,26 @@ _KINDS: tuple[Values, ...] = ("int4", "int8")
 
 
 def propose(trials: Sequence[Trial], values: Values, allowed: float) -> float | None:
-    """Return the sparsity to try next, or None when the trials of these values have said all.
+    """Return the sparsity to try next, or None when the trials, all of these values, have said all.
 
     The logarithm of the loss grows by GROWTH from sparsity 0 to 1, which leads from the first trial to the next;
     between a trial that is good and one that is not, it is interpolated. A sparsity at which the bitmask takes as
     much as the weights that it saves is no better than none.
     """
-    mine = [trial for trial in trials if trial.values == values]
-    if not mine:
+    if not trials:
         return _FIRST
-    good = max((trial for trial in mine if trial.loss <= allowed), key=lambda trial: trial.sparsity, default=None)
-    bad = min((trial for trial in mine if trial.loss > allowed), key=lambda trial: trial.sparsity, default=None)
+    good = best_of(trials, allowed)
+    bad = min((trial for trial in trials if trial.loss > allowed), key=lambda trial: trial.sparsity, default=None)
     aim = math.log(max(_AIM * allowed, _LEAST_LOSS))
     if good is not None and bad is not None:
         found = _between(good, bad, aim)
     elif good is not None:
-        found = _further(good, aim, len(mine), good=True)
+        found = _further(good, aim, len(trials), good=True)
     else:
-        found = _further(min(mine, key=lambda trial: trial.sparsity), aim, len(mine), good=False)
+        found = _further(min(trials, key=lambda trial: trial.sparsity), aim, len(trials), good=False)
     if found is not None and found < 1 / INTEGER_BITS.get(values, 16) + _WORTHWHILE:
         found = 0.0 if good is None else None
-    if found is None or any(trial.sparsity == found for trial in mine):
+    if found is None or any(trial.sparsity == found for trial in trials):
         return None
     return found
 
@@ -73,11 +72,41 @@ def _logarithm(trial: Trial) -> float:
     return math.log(max(trial.loss, _LEAST_LOSS))
 
 
+def small_embedding_pays(lost: float, allowed: float, saved: int, footprint: Footprint, values: Values) -> bool:
+    """Return whether an embedding of four bits saves more bytes than pruning does with what it loses.
+
+    Of an allowed loss L pruning can have L - lost then, which is ln(L / (L - lost)) / GROWTH less sparsity.
+    """
+    if lost >= allowed:
+        return False
+    entries = sum(shape.numel() for shape, _ in footprint.pruned)
+    given_up = math.log(allowed / (allowed - max(lost, 0.0))) / GROWTH
+    return saved > given_up * entries * INTEGER_BITS[values] / 8
+
+
+def _embedding(  # noqa: PLR0917
+    trials: Trials, recipe: Recipe, values: Values, judge: Judge, footprint: Footprint, allowed: float
+) -> EmbeddingValues:
+    """Return the values of embedding and head beside some values of the weights: those asked for, or what pays."""
+    if "embedding_values" in recipe.model_fields_set or values == "base":
+        return recipe.embedding_values
+    if trials.small_embedding is None:
+        trials.small_embedding = judge.small_embedding() - (trials.nats or 0.0)
+        trials.save()
+    sizes = [
+        footprint.outer(recipe.model_copy(update={"values": values, "embedding_values": one}))
+        for one in ("int8", "int4")
+    ]
+    saved = sizes[0] - sizes[1]
+    return "int4" if small_embedding_pays(trials.small_embedding, allowed, saved, footprint, values) else "int8"
+
+
 def find_sparsity(  # noqa: PLR0917
     trials: Trials,
     recipe: Recipe,
     quality: float,
     judge: Judge,
+    footprint: Footprint,
     derive: Callable[[Recipe, Path], None],
     say: Callable[[str], None],
 ) -> Trial:
@@ -91,7 +120,7 @@ def find_sparsity(  # noqa: PLR0917
         Its values are tried, or one kind after the other where it leaves them open.
     quality
         The share of the parent's that is to be kept.
-    judge
+    judge, footprint
         Of the base model.
     derive
         Derives a recipe, whose sparsity and values are settled, into a folder; goes on with what is there.
@@ -111,24 +140,27 @@ def find_sparsity(  # noqa: PLR0917
     if trials.nats is None:
         trials.nats = judge.parent()
         trials.save()
-    nats, allowed = trials.nats, allowed_loss(trials.nats, quality)
+    nats, allowed, open_ = trials.nats, allowed_loss(trials.nats, quality), searched(recipe)
 
-    def derived(values: Values, sparsity: float) -> Path:
-        group_size = DEFAULT_GROUP_SIZES.get(values) if is_open(recipe) else recipe.group_size
-        place = trials.place(values, sparsity)
-        derive(recipe.model_copy(update={"values": values, "group_size": group_size, "sparsity": sparsity}), place)
+    def derived(values: Values, embedding: EmbeddingValues, sparsity: float) -> Path:
+        group_size = DEFAULT_GROUP_SIZES.get(values) if "values" in open_ else recipe.group_size
+        place = trials.place(values, embedding, sparsity)
+        update = {"values": values, "group_size": group_size, "embedding_values": embedding, "sparsity": sparsity}
+        derive(recipe.model_copy(update=update), place)
         return place
 
-    for values in _KINDS if is_open(recipe) else (recipe.values,):
-        while (sparsity := propose(trials.done, values, allowed)) is not None:
-            loss = judge.submodel(derived(values, sparsity)) - nats
-            trials.done.append(Trial(values, sparsity, loss))
+    for values in _KINDS if "values" in open_ else (recipe.values,):
+        embedding = _embedding(trials, recipe, values, judge, footprint, allowed)
+        while (sparsity := propose(trials.of(values, embedding), values, allowed)) is not None:
+            loss = judge.submodel(derived(values, embedding, sparsity)) - nats
+            trials.done.append(Trial(values, embedding, sparsity, loss))
             trials.save()
-            trials.keep_only(trials.best(values, allowed))
-            say(f"{values} with {sparsity:.1%} removed keeps {kept(nats, loss):.4f}; {quality} is wanted")
-        if (best := trials.best(values, allowed)) is not None:
-            if not trials.place(best.values, best.sparsity).exists():  # it was measured for another quality
-                derived(best.values, best.sparsity)
+            trials.keep_only(best_of(trials.of(values, embedding), allowed))
+            beside = "" if values == "base" else f", embedding {embedding},"
+            say(f"{values}{beside} with {sparsity:.1%} removed keeps {kept(nats, loss):.4f}; {quality} is wanted")
+        if (best := best_of(trials.of(values, embedding), allowed)) is not None:
+            if not trials.place_of(best).exists():  # it was measured for another quality
+                derived(values, embedding, best.sparsity)
             return best
     trials.keep_only(None)
     most = min(trials.done, key=lambda trial: trial.loss)

@@ -5,23 +5,23 @@ Only what the search itself has put there is ever deleted.
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint.format import LOCK, LOG, MANIFEST, dump_json, read_json
-from secateur.config import Recipe, Values
+from secateur.config import EmbeddingValues, Recipe, Values
 from secateur.errors import CheckpointError, ConfigError, OutputError
 from secateur.files import atomic_write_bytes, remove_empty
 from secateur.pruning.quality import allowed_loss
 from secateur.pruning.workspace import check_output, first_difference, locked
 
 TRIALS = "trials.json"
-SEARCHED = ("sparsity", "values", "group_size")  # of a recipe; the last two only where it leaves them open
 _OWN = re.compile(
-    rf"(base|int8|int4)-\d\.\d{{4}}(\.partial|\.deleted)?|({re.escape(TRIALS)}|{re.escape(LOCK)})(\.partial-.*)?"
+    rf"(base|int8|int4)-(int8|int4)-\d\.\d{{4}}(\.partial|\.deleted)?"
+    rf"|({re.escape(TRIALS)}|{re.escape(LOCK)})(\.partial-.*)?"
 )
 
 
@@ -31,13 +31,14 @@ class Trial:
 
     Attributes
     ----------
-    values, sparsity
-        What it was derived with.
+    values, embedding, sparsity
+        What it was derived with; `embedding` are the values of embedding and head where they are integers.
     loss
         Nats per token that it loses beside its parent; below 0 when it is better.
     """
 
     values: Values
+    embedding: EmbeddingValues
     sparsity: float
     loss: float
 
@@ -51,6 +52,8 @@ class Trials:
         What the best trial becomes, and where trials are.
     nats
         Those per token of the parent; None until they are measured.
+    small_embedding
+        Nats per token that the parent loses when embedding and head are int4; None until they are measured.
     done
         What was measured, in order.
     """
@@ -58,6 +61,7 @@ class Trials:
     def __init__(self, output: Path, asked: dict[str, Any]) -> None:
         self.output, self.folder = output, search_folder(output)
         self.nats: float | None = None
+        self.small_embedding: float | None = None
         self.done: list[Trial] = []
         self._asked = asked
         for path in self.folder.glob("*.deleted"):
@@ -69,6 +73,8 @@ class Trials:
         try:
             content = read_json(self.folder / TRIALS)
             self.nats = float(content["nats"])
+            lost = content["small_embedding"]
+            self.small_embedding = None if lost is None else float(lost)
             self.done = [Trial(**one) for one in content["trials"]]
             difference = first_difference(content["asked"], self._asked, self._asked)
         except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
@@ -81,32 +87,37 @@ class Trials:
 
     def save(self) -> None:
         """Write down what was measured."""
-        content = {"asked": self._asked, "nats": self.nats, "trials": [asdict(one) for one in self.done]}
+        measured = {"nats": self.nats, "small_embedding": self.small_embedding}
+        content = {"asked": self._asked, **measured, "trials": [asdict(one) for one in self.done]}
         atomic_write_bytes(self.folder / TRIALS, dump_json(content))
 
-    def place(self, values: Values, sparsity: float) -> Path:
-        """Return the folder of a trial."""
-        return self.folder / f"{values}-{sparsity:.4f}"
+    def of(self, values: Values, embedding: EmbeddingValues) -> list[Trial]:
+        """Return the trials of this kind."""
+        return [trial for trial in self.done if (trial.values, trial.embedding) == (values, embedding)]
 
-    def best(self, values: Values, allowed: float) -> Trial | None:
-        """Return the trial of some values with the highest sparsity that loses no more than is allowed."""
-        good = [trial for trial in self.done if trial.values == values and trial.loss <= allowed]
-        return max(good, key=lambda trial: trial.sparsity, default=None)
+    def place(self, values: Values, embedding: EmbeddingValues, sparsity: float) -> Path:
+        """Return the folder of a trial."""
+        return self.folder / f"{values}-{embedding}-{sparsity:.4f}"
+
+    def place_of(self, trial: Trial) -> Path:
+        """Return the folder of a trial that is done."""
+        return self.place(trial.values, trial.embedding, trial.sparsity)
 
     def keep_only(self, best: Trial | None) -> None:
         """Delete the folders of all other trials."""
         for trial in self.done:
             if trial != best:
-                _remove(self.place(trial.values, trial.sparsity))
+                _remove(self.place_of(trial))
 
     def publish(self, trial: Trial) -> dict[str, Any]:
         """Move a trial to its place, delete all else, and return the log, which now tells of all trials."""
-        place = self.place(trial.values, trial.sparsity)
+        place = self.place_of(trial)
         if self.output.exists():
             raise OutputError(
                 f"output {str(self.output)!r} appeared while it was searched for; the result is in {str(place)!r}"
             )
-        measured = {"parent_nats": self.nats, "trials": [asdict(one) for one in self.done]}
+        trials = [asdict(one) for one in self.done]
+        measured = {"parent_nats": self.nats, "small_embedding": self.small_embedding, "trials": trials}
         log = read_json(place / LOG) | {"keep_quality": measured}
         atomic_write_bytes(place / LOG, dump_json(log))
         place.rename(self.output)
@@ -164,10 +175,9 @@ def check_kept(finished: Path, recipe: Recipe, quality: float) -> Recipe:
     try:
         log, found = read_json(finished / LOG)["keep_quality"], read_json(finished / MANIFEST)["recipe"]
         allowed = allowed_loss(log["parent_nats"], quality)
-        trial = Trial(found["values"], found["sparsity"], allowed)
+        trial = Trial(found["values"], found["embedding_values"], found["sparsity"], allowed)
         kept = any(one | {"loss": allowed} == asdict(trial) and one["loss"] <= allowed for one in log["trials"])
-        settled = SEARCHED if is_open(recipe) else SEARCHED[:1]
-        recipe = recipe.model_copy(update={key: found[key] for key in settled})
+        recipe = recipe.model_copy(update={key: found[key] for key in searched(recipe)})
     except (CheckpointError, KeyError, TypeError):
         kept = False
     if not kept:
@@ -175,9 +185,16 @@ def check_kept(finished: Path, recipe: Recipe, quality: float) -> Recipe:
     return recipe
 
 
-def is_open(recipe: Recipe) -> bool:
-    """Return whether a recipe leaves it open which values are stored."""
-    return "values" not in recipe.model_fields_set
+def best_of(trials: Sequence[Trial], allowed: float) -> Trial | None:
+    """Return the trial with the highest sparsity that loses no more than is allowed."""
+    return max((one for one in trials if one.loss <= allowed), key=lambda trial: trial.sparsity, default=None)
+
+
+def searched(recipe: Recipe) -> tuple[str, ...]:
+    """Return the options of a recipe that a search settles: the sparsity, and those that it leaves open."""
+    given = recipe.model_fields_set
+    values = () if "values" in given else ("values", "group_size")
+    return ("sparsity", *values, *(() if "embedding_values" in given else ("embedding_values",)))
 
 
 def search_folder(output: Path) -> Path:
