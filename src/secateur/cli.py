@@ -97,11 +97,11 @@ def derive(
     ] = None,
     correction: Annotated[
         float | None,
-        typer.Option(help="admm, swaps: share of earlier errors that weights make up for.", show_default="0.5"),
+        typer.Option(help="admm: share of earlier errors that weights make up for.", show_default="0.5"),
     ] = None,
     first_token_weight: Annotated[
         float | None,
-        typer.Option(help="admm, swaps, sparsegpt: as how many tokens a sequence's first counts.", show_default="100"),
+        typer.Option(help="admm, sparsegpt: as how many tokens a sequence's first counts.", show_default="100"),
     ] = None,
     recover: Annotated[
         int | None, typer.Option(help="Tokens to learn from after pruning, beside the parent.", show_default="0")

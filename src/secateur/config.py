@@ -72,10 +72,11 @@ class Recipe(BaseModel):
     trim_vocabulary
         Whether the head computes only the tokens that the domains' text is made of.
     correction
-        For `admm` and `swaps`: the share of what has gone wrong before a weight that it makes up for; 0 saves the
-        parent's passes.
+        For `admm`: the share of what has gone wrong before a weight that the weight makes up for; 0 saves the parent's
+        passes.
     first_token_weight
-        As how many tokens the first one of each sequence counts in a Gram matrix, 1 or more; without effect on `wanda`.
+        As how many tokens the first one of each sequence counts in a Gram matrix, and in what is measured to share out
+        bytes, 1 or more; without effect on what `wanda` removes.
     recover
         Tokens of the domains' text that the pruned model learns from, in whole sequences; 0: it does not.
     """

@@ -15,7 +15,7 @@ class Feedforward(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+            self.gate, self.up, self.down = nn.Linear(8, 20), nn.Linear(8, 20), nn.Linear(20, 8)
         self.unused = nn.Linear(8, 8)
         self.runs = []
         for name, module in self.named_children():
@@ -66,7 +66,7 @@ def test_products_of_features_are_exact_to_float32(dtype):
     rows = torch.cat(inputs).reshape(-1, 8).double()
     torch.testing.assert_close(results["gate"].gram.double(), rows.T @ rows, rtol=1e-5, atol=1e-2)
     assert results["gate"].gram is results["up"].gram
-    assert results["down"].gram.shape == (12, 12)
+    assert results["down"].gram.shape == (20, 20)
     assert collect(block, inputs)[0]["gate"].gram is None
 
 
@@ -114,6 +114,27 @@ def test_products_with_what_the_parent_receives():
         torch.testing.assert_close(results[name].gram.double(), x.T @ x, rtol=1e-4, atol=1e-2)
     assert results["gate"].n_tokens == 3 * 2 * 700
     assert collect(block, inputs, gram=True)[0]["gate"].cross is None
+
+
+def test_weights_that_share_an_input_have_no_products_with_outputs():
+    """Not even where the first of them has few, as keys and values of grouped queries do."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.key, self.query = nn.Linear(8, 2), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.key(x).sum() + self.query(x)
+
+    block, (x, z, *_) = Attention(), batches()
+    with torch.no_grad(), StatisticsCollector(block, ("key", "query"), stop_early=True, gram=True) as collector:
+        collector.run_parent(lambda: block(z))
+        collector.run(lambda: block(x))
+    for found in collector.results().values():
+        assert found.parent_outputs is None
+        expected = z.reshape(-1, 8).double().T @ x.reshape(-1, 8).double()
+        torch.testing.assert_close(found.cross.double(), expected, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

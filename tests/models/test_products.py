@@ -5,7 +5,8 @@ from torch.nn import functional
 from secateur.models import products
 from secateur.models.likelihood import token_log_likelihood
 from secateur.models.products import fast_products, has_units, product_precision
-from tests.tiny import tiny_model
+from tests.pruning.tiny_derivation import derive_tiny
+from tests.tiny import save_tiny, tiny_model
 
 
 @pytest.fixture
@@ -42,17 +43,14 @@ def test_a_product_is_that_of_float32_rounded_once(no_units, widened, dtype, bia
     assert error.max() <= 0.51 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize(
-    ("name", "changed"),
-    [
-        ("few rows", {"rows": (products.MIN_ROWS - 1,)}),
-        ("float32", {"dtype": torch.float32}),
-    ],
-)
-def test_others_are_left_alone(no_units, widened, name, changed):
+@pytest.mark.parametrize("changed", [{"rows": (products.MIN_ROWS - 1,)}, {"dtype": torch.float32}, {"outputs": 0}])
+def test_others_are_left_alone(no_units, widened, changed):
     x, weight, b = operands(**{"dtype": torch.bfloat16} | changed)
+    if not len(weight):  # a vector in the place of a matrix
+        weight, b = torch.ones(24, dtype=torch.bfloat16), None
+    expected = functional.linear(x, weight, b)
     with fast_products():
-        torch.testing.assert_close(functional.linear(x, weight, b), functional.linear(x, weight, b), rtol=0, atol=0)
+        assert torch.equal(functional.linear(x, weight, b), expected)
     assert widened == []
 
 
@@ -103,13 +101,29 @@ def test_a_whole_model_runs_in_them(no_units, widened):
 def test_precision_is_lowered_only_where_units_make_that_faster(monkeypatch):
     for units, expected in ((True, "medium"), (False, "highest")):
         monkeypatch.setattr(products, "has_units", lambda _, units=units: units)
-        with product_precision("medium"):
+        with product_precision("medium", torch.device("cpu")):
             assert torch.get_float32_matmul_precision() == expected
+        with product_precision("medium", torch.device("cuda")):  # whose units are its own
+            assert torch.get_float32_matmul_precision() == "medium"
         assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_what_the_processor_says_is_looked_up(monkeypatch):
+    known = has_units.__wrapped__  # without its memory
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "avx512_fp16": False})
-    has_units.cache_clear()
-    assert [has_units(one) for one in (torch.bfloat16, torch.float16, torch.float32)] == [True, False, True]
-    has_units.cache_clear()
+    assert [known(one) for one in kinds] == [True, False, True]
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as before torch 2.11
+    assert [known(one) for one in kinds] == [False, False, True]
+
+
+def test_derivations_run_in_them(no_units, widened, tmp_path):
+    base = save_tiny(tmp_path / "base", dtype=torch.bfloat16)
+    derive_tiny(base, tmp_path / "sub", method="admm")
+    assert len(widened) > 7
+
+
+def test_the_names_are_those_of_torch():
+    if not hasattr(torch.cpu, "get_capabilities") or torch.cpu.get_capabilities()["architecture"] != "x86_64":
+        pytest.skip("names of x86")
+    assert {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16"} <= torch.cpu.get_capabilities().keys()

@@ -145,13 +145,13 @@ def test_beside_the_exact_optimum(seed):
 @pytest.mark.parametrize("granularity", ["per_output", "per_layer"])
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
 def test_errors_are_ordered_as_the_papers_have_them(sparsity, granularity):
-    """Magnitude, Wanda, SparseGPT, swaps, ADMM: each leaves less of the error than the one before."""
+    """Magnitude, Wanda, SparseGPT, ADMM: each leaves less of the error than the one before."""
     weight, inputs = layer(rows=96, width=256, tokens=2000)
     gram = damped(inputs)
-    names = ("magnitude", "wanda", "sparsegpt", "swaps", "admm")
+    names = ("magnitude", "wanda", "sparsegpt", "admm")
     errors = [error(prune(name, weight, inputs, sparsity, granularity)[0], weight, gram) for name in names]
     assert errors == sorted(errors, reverse=True)
-    assert errors[4] < 0.8 * errors[2]
+    assert errors[3] < 0.8 * errors[2]
 
 
 @pytest.mark.parametrize("name", GRAM_METHODS)
@@ -259,7 +259,7 @@ def test_statistics_are_those_of_parent_and_sub_model(tmp_path, monkeypatch, fam
         counted, scale = inputs[name] * times, float((inputs[name].square() * times).sum())
         torch.testing.assert_close(statistics.gram.double(), inputs[name].T @ counted, rtol=0, atol=1e-5 * scale)
         weight = stored[name].double()
-        alone = ("o_proj" in name or "down_proj" in name) and weight.shape[0] < weight.shape[1]
+        alone = ("o_proj" in name or "down_proj" in name) and 2 * weight.shape[0] <= weight.shape[1]
         assert (statistics.cross is None, statistics.parent_outputs is not None) == (alone, alone)
         if alone:
             cross, theirs = statistics.parent_outputs, parents[name] @ weight.T

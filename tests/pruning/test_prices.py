@@ -7,16 +7,17 @@ from transformers import AutoModelForCausalLM
 from secateur.checkpoint.format import MANIFEST, read_json
 from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.config import make_recipe
-from secateur.errors import ModelError, ResourceError
+from secateur.errors import ModelError, OutputError, ResourceError
 from secateur.models.source import ModelFolder
 from secateur.pruning import divergence, forecast
 from secateur.pruning import prices as prices_module
 from secateur.pruning.base import Base
 from secateur.pruning.prices import Prices, cheapest, measure_prices
 from secateur.pruning.size import Footprint
-from tests.pruning.tiny_derivation import calibration, derive_tiny
+from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt
 from tests.tiny import save_tiny
 
+CPU = torch.device("cpu")
 SIZES = {"hidden_size": 512, "intermediate_size": 2048}
 
 
@@ -29,10 +30,14 @@ def recipe(**options):
     return make_recipe({"for": "python", "method": "admm", **options})
 
 
+def silent(_done, _total):
+    pass
+
+
 def measured(base):
     token_ids = torch.from_numpy(calibration().token_ids)
     opened = Base.open(ModelFolder(base, "tiny"))
-    return measure_prices(opened, token_ids, recipe(first_token_weight=1.0), torch.device("cpu"), lambda *_: None)
+    return measure_prices(opened, token_ids, recipe(first_token_weight=1.0), CPU, silent)
 
 
 def divergence_of(theirs, ours, token_ids):
@@ -76,16 +81,33 @@ def test_the_embedding_is_small_where_that_costs_less_than_pruning(
     base, tmp_path, monkeypatch, small_embedding, embedding
 ):
     """The sparsity that an embedding of eight bits asks for costs some hundredths of what half of the weights do."""
-    monkeypatch.setattr("secateur.pruning.derive.measure_prices", lambda *_: Prices(0.3, small_embedding))
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_: Prices(0.3, small_embedding))
     target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="int4", sparsity=0.5))
     said = []
     done = derive_tiny(base, tmp_path / "out", target_size=target, announce=said.append)
     chosen = read_json(done.path / MANIFEST)["recipe"]
     assert (chosen["values"], chosen["embedding_values"]) == ("int4", embedding)
     assert sum(path.stat().st_size for path in done.path.iterdir()) <= target
-    assert said[0] == (f"for {target / 1e6:,.0f} MB: values int4, embedding {embedding}, sparsity {chosen['sparsity']}")
+    said_groups = f"values int4 in groups of {chosen['group_size']}, embedding {embedding}"
+    assert said[0] == f"for {target / 1e6:,.0f} MB: {said_groups}, sparsity {chosen['sparsity']}"
+    # Nothing is measured for what is there.
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_: pytest.fail("measured"))
     again = derive_tiny(base, tmp_path / "out", target_size=target, resume=True)
     assert again.log == {}
+    with pytest.raises(OutputError, match="exists"):
+        derive_tiny(base, tmp_path / "out", target_size=target)
+
+
+def test_an_interrupted_derivation_keeps_the_way_that_it_was_begun_with(base, tmp_path, monkeypatch):
+    """Another machine may measure a little differently."""
+    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="int4", sparsity=0.5))
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_: Prices(0.3, 0.5))
+    whole = derive_tiny(base, tmp_path / "whole", target_size=target)
+    interrupt(base, tmp_path / "out", target_size=target)
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_: Prices(0.3, 1e-4))
+    done = derive_tiny(base, tmp_path / "out", target_size=target, resume=True)
+    assert contents(done.path) == contents(whole.path)
+    assert done.manifest["recipe"]["embedding_values"] == "int8"
 
 
 def test_int8_is_taken_where_little_has_to_be_removed():
@@ -116,5 +138,18 @@ def test_a_model_that_does_not_fit_whole_is_refused_unless_the_kinds_are_given(t
 
 def test_a_model_that_gives_no_numbers_is_refused(base, monkeypatch):
     monkeypatch.setattr(prices_module, "mean_divergence", lambda *_: float("nan"))
-    with pytest.raises(ModelError, match="no numbers"):
+    with pytest.raises(ModelError, match="made smaller: give --values and --embedding-values"):
         measured(base)
+    monkeypatch.setattr(prices_module, "spread_logits", lambda *_: torch.full((2, 3), float("inf")))
+    with pytest.raises(ModelError, match="the model itself"):
+        measured(base)
+
+
+@pytest.mark.parametrize("change", [{"first_token_weight": 100.0}, {"granularity": "per_layer"}])
+def test_prices_depend_on_the_recipe(base, change):
+    token_ids = torch.from_numpy(calibration().token_ids)
+    opened = Base.open(ModelFolder(base, "tiny"))
+    options = {"first_token_weight": 1.0}
+    found = [measure_prices(opened, token_ids, recipe(**one), CPU, silent) for one in (options, options | change)]
+    assert found[0].halving != found[1].halving
+    assert found[0].small_embedding == found[1].small_embedding

@@ -95,6 +95,18 @@ def test_the_embedding_is_small_where_that_pays(base, tmp_path, monkeypatch):
     assert measured["small_embedding"] == pytest.approx(1e-4)
     assert {one["embedding"] for one in measured["trials"]} == {"int4"}
     assert derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.09, resume=True).log == {}
+    # One that nearly uses up the loss is tried where it saves more, and given up where nothing keeps the quality.
+    monkeypatch.setattr(Judge, "small_embedding", lambda _: 1.001)
+    submodel = Judge.submodel
+
+    def nats_of(judge, folder):
+        small = read_json(folder / MANIFEST)["recipe"]["embedding_values"] == "int4"
+        return submodel(judge, folder) + 10 * small
+
+    monkeypatch.setattr(Judge, "submodel", nats_of)
+    again = derive_tiny(base, tmp_path / "again", keep_quality=1 / 1.09)
+    assert (again.manifest["values"], again.manifest["recipe"]["embedding_values"]) == ("int4", "int8")
+    assert {one["embedding"] for one in again.log["keep_quality"]["trials"]} == {"int4", "int8"}
     fixed = derive_tiny(base, tmp_path / "fixed", keep_quality=1 / 1.09, embedding_values="int8")
     assert fixed.manifest["recipe"]["embedding_values"] == "int8"
     assert fixed.log["keep_quality"]["small_embedding"] is None
@@ -104,7 +116,7 @@ def simulated(loss_at, allowed, values="int4"):
     """Try what is proposed for a model that loses `loss_at(sparsity)`; return the trials."""
     trials = []
     while (sparsity := propose(trials, values, allowed)) is not None:
-        trials.append(Trial(values, "int8", sparsity, loss_at(sparsity)))
+        trials.append(Trial(values, sparsity, loss_at(sparsity)))
         assert len(trials) < 12
     return trials
 
@@ -181,7 +193,7 @@ def test_values_that_are_left_open_are_the_smallest_that_keep_it(base, tmp_path)
     middle = derive_tiny(base, tmp_path / "middle", keep_quality=1 / 1.04)
     assert middle.manifest["values"] == "int8"
     assert middle.manifest["recipe"]["sparsity"] == pytest.approx(0.39, abs=0.03)
-    with pytest.raises(ConfigError, match=r"cannot be kept: int8 with 0.0% .* --resume"):
+    with pytest.raises(ConfigError, match=r"cannot be kept: int8, embedding int8, with 0.0% .* --resume"):
         derive_tiny(base, tmp_path / "hard", keep_quality=0.9999)
     # What was measured serves another quality, and what comes out is what a search from the beginning finds.
     done = derive_tiny(base, tmp_path / "hard", keep_quality=1 / 1.02, resume=True)

@@ -40,8 +40,8 @@ class InputStatistics:
         float32 [in_features, in_features]: the sum of z_i x_j, where z is what the same input was in the parent; None
         where that is not known.
     parent_outputs
-        float32 [out_features, in_features]: V times `cross`, where V is the parent's weight, which stands in its place
-        when one weight alone has the input, and fewer outputs than inputs. It takes fewer products.
+        float32 [out_features, in_features]: V times `cross`, where V is the parent's weight. It stands in the place of
+        `cross` when one weight alone has the input and at most half as many outputs as inputs: then it takes less work.
     """
 
     sum_squares: Tensor
@@ -114,18 +114,18 @@ class _Sum:
 
     def _add_products(self, inputs: Tensor, parents: _Parents | None, times: float) -> None:
         assert self.gram is not None  # noqa: S101 - the only caller has looked
-        slabs = [slab.float() for slab in torch.split(inputs.detach().flatten(0, -2), _GRAM_ROWS)]
+        slabs = torch.split(inputs.detach().flatten(0, -2), _GRAM_ROWS)
         # Products of bfloat16 numbers that lie in float32 are exact in bfloat16 units too.
         exact: Literal["highest", "medium"] = "medium" if inputs.dtype == torch.bfloat16 else "highest"
-        with product_precision(exact):
-            for slab in slabs:
+        with product_precision(exact, inputs.device):
+            for slab in map(Tensor.float, slabs):
                 for column in range(0, slab.shape[1], _GRAM_COLUMNS):  # what lies above the diagonal is enough
                     part = slice(column, column + _GRAM_COLUMNS)
                     self.gram[part, column:].addmm_(slab[:, part].T, slab[:, column:], alpha=times)
         if parents is None:
             return
-        with product_precision(exact if parents.weight is None else "highest"):
-            for slab, theirs in zip(slabs, parents.rows(), strict=True):
+        with product_precision(exact if parents.weight is None else "highest", inputs.device):
+            for slab, theirs in zip(map(Tensor.float, slabs), parents.rows(), strict=True):
                 if self.cross is None:
                     self.cross = theirs.new_zeros(theirs.shape[1], slab.shape[1])
                 self.cross.addmm_(theirs.T, slab, alpha=times)
@@ -212,7 +212,7 @@ class StatisticsCollector:
             return None
         inputs, weight = self._parents[name]
         alone = sum(other is inputs for other, _ in self._parents.values()) == 1
-        return _Parents(inputs, weight if alone and weight.shape[0] < weight.shape[1] else None)
+        return _Parents(inputs, weight if alone and 2 * weight.shape[0] <= weight.shape[1] else None)
 
     def run_parent(self, forward: Callable[[], Any]) -> Any:
         """Run a batch as the parent does, and note what the weights receive for the next `run`.

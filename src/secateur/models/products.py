@@ -4,6 +4,9 @@ Where a processor has no instructions for bfloat16 (or float16), torch multiplie
 slowly than float32 ones. There the products of many rows are taken in float32 instead, piece by piece, and rounded
 once at the end, which is what a processor with such units does. Parameters, activations and results keep their type,
 and nothing of the size of a model is ever converted. Products of a few rows are left alone: memory binds them.
+
+Not covered: products that are no `linear`, such as those of attention, and gradient checkpointing, which computes again
+outside the block.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,26 +25,29 @@ _SLAB = 2**22  # elements of a weight that are converted at a time: 16 MB in flo
 
 # As torch names what a processor can do: x86, then ARM.
 _UNITS = {
-    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith", "arm_fp16_arith"),
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
 
 
 @cache
 def has_units(dtype: torch.dtype) -> bool:
-    """Return whether the processor multiplies matrices of this type by instructions of its own."""
-    capabilities = torch.cpu.get_capabilities()
+    """Return whether the processor multiplies matrices of this type by instructions of its own.
+
+    A torch that cannot tell (before 2.11) is taken to have none: its products are then slower, and not wrong.
+    """
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return dtype not in _UNITS or any(capabilities.get(name, False) for name in _UNITS[dtype])
 
 
 @contextmanager
-def product_precision(precision: Literal["highest", "medium"]) -> Iterator[None]:
-    """Take matrix products of float32 numbers as they are, or rounded to bfloat16 where the processor has units for it.
+def product_precision(precision: Literal["highest", "medium"], device: torch.device) -> Iterator[None]:
+    """Take matrix products of float32 numbers as they are, or rounded to bfloat16 where the device has units for it.
 
     Sums are float32 in either case.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision if has_units(torch.bfloat16) else "highest")
+    torch.set_float32_matmul_precision(precision if device.type != "cpu" or has_units(torch.bfloat16) else "highest")
     try:
         yield
     finally:
@@ -72,6 +78,7 @@ def _is_slow(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
     dtype = weight.dtype
     return (
         dtype in _UNITS
+        and weight.dim() == 2
         and weight.device.type == "cpu"
         and inputs.dtype == dtype
         and (bias is None or bias.dtype == dtype)
@@ -98,19 +105,19 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        flat = slope.flatten(0, -2).float()
+        flat = slope.flatten(0, -2)
         for_inputs = for_weight = for_bias = None
         if ctx.needs_input_grad[0]:
             found = torch.zeros(len(flat), weight.shape[1])
             for rows in _slabs(weight):
-                found.addmm_(flat[:, rows], weight[rows].float())
+                found.addmm_(flat[:, rows].float(), weight[rows].float())
             for_inputs = found.to(inputs.dtype).view(inputs.shape)
         if ctx.needs_input_grad[1]:
             seen, for_weight = inputs.flatten(0, -2).float(), torch.empty_like(weight)
             for rows in _slabs(weight):
-                for_weight[rows] = flat[:, rows].T @ seen
+                for_weight[rows] = flat[:, rows].T.float() @ seen
         if ctx.needs_input_grad[2]:
-            for_bias = flat.sum(0).to(weight.dtype)
+            for_bias = flat.sum(0, dtype=torch.float32).to(weight.dtype)
         return for_inputs, for_weight, for_bias
 
 

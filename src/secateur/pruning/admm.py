@@ -36,7 +36,7 @@ def admm(weight: Tensor, statistics: InputStatistics | None, target: Target) -> 
         for _ in range(_STEPS):
             sparse, _ = _sparse(dense + dual, target)
             # Only what parts the copies from the best weight is multiplied: rounding that leaves as small an error.
-            with product_precision("medium"):
+            with product_precision("medium", weight.device):
                 dense = torch.addmm(best, sparse - dual - best, inverse, alpha=penalty)
             dual += dense - sparse
     sparse, mask = _sparse(dense + dual, target)

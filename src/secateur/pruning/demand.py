@@ -56,7 +56,9 @@ class Demand:
     recovering
         Length of the sequences that the pruned model learns from; 0 when it does not.
     measuring
-        Whether the budget asks for the divergence of the whole model.
+        Whether a budget or a quality asks for runs of the whole model.
+    sizing
+        Whether a size does, which also measures another embedding.
     """
 
     model: PreTrainedModel
@@ -74,6 +76,7 @@ class Demand:
     streams: int = 1
     recovering: int = 0
     measuring: bool = False
+    sizing: bool = False
 
     def activations(self) -> int:
         """Return the bytes of the inputs of one block for the whole calibration set."""
@@ -108,15 +111,18 @@ class Demand:
         return int(models + (STATE_BYTES + FLOAT_BYTES) * learning + len(self.blocks) * for_gradients + logits)
 
     def budget(self) -> int:
-        """Return what the whole model takes while the divergence of its parts is measured; 0 where it is not."""
-        if not self.measuring:
+        """Return what the whole model takes while its divergence is measured; 0 where it is not."""
+        if not (self.measuring or self.sizing):
             return 0
         hidden, intermediate = self._widths()
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         one_pass = TOKENS * (INTERMEDIATE_COPIES * intermediate + HIDDEN_COPIES * hidden)
         logits = MEASURED_LOGITS * POSITIONS * vocabulary
+        # A small embedding is a copy, made from one byte for each of its entries.
+        embedding = (self.itemsize + 1) * self._outer_matrices() if self.sizing else 0
         # Pruning a part takes what it does later, in float32.
-        return int(self.itemsize * (self._all() + one_pass + logits) + 4 * FLOAT_BYTES * max(self._prunable()))
+        pruning = 4 * FLOAT_BYTES * max(self._prunable())
+        return int(self.itemsize * (self._all() + one_pass + logits) + pruning + embedding)
 
     def disk(self) -> int:
         """Return what the folder that is worked in takes on disk, without mapped activations."""

@@ -20,13 +20,14 @@ from secateur.models.device import checked_device, limited_threads
 from secateur.models.source import ModelFolder, load_tokenizer, resolve_model
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS
+from secateur.pruning.execution import Execution
 from secateur.pruning.job import Job, forecast_job
 from secateur.pruning.loop import Progress
 from secateur.pruning.methods import METHODS
-from secateur.pruning.prices import Prices, cheapest, measure_prices
 from secateur.pruning.quality import Judge, unseen_text
 from secateur.pruning.search import find_sparsity
-from secateur.pruning.size import Footprint, ways
+from secateur.pruning.size import Footprint
+from secateur.pruning.sizing import best_way, sized_recipes
 from secateur.pruning.texts import Texts, check_length
 from secateur.pruning.trials import check_kept, check_search, clear, open_trials, search_folder, searched
 from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder
@@ -171,7 +172,7 @@ def derive(
     execution = Execution(output, device, threads, resume, progress, announce, None if data is None else Path(data))
     base = Base.open(folder)
     texts = Texts(calibration, recovery)
-    return _carry_out(base, _best_way(base, recipe, _ways(base, recipe), texts, execution), texts, execution)
+    return _carry_out(base, best_way(base, recipe, sized_recipes(base, recipe), texts, execution), texts, execution)
 
 
 def derive_recipe(
@@ -206,7 +207,7 @@ def derive_recipe(
     check_writable(Path(output))
     folder = resolve_model(recipe.model)
     base = Base.open(folder)
-    sized = _ways(base, recipe)
+    sized = sized_recipes(base, recipe)
     check_length(base.model, recipe.sequence_length)
     tokenizer = load_tokenizer(folder)
 
@@ -221,66 +222,21 @@ def derive_recipe(
         except CorpusError as error:
             raise CorpusError(f"{error} (--recover counts as samples here: give it less)") from None
         sized = tuple(one.model_copy(update={"recover": recovery.token_ids.size}) for one in sized)
-    execution, texts = (
-        Execution(output, device, threads, resume, progress, announce, data),
-        Texts(calibration, recovery),
-    )
-    return _carry_out(base, _best_way(base, recipe, sized, texts, execution), texts, execution)
-
-
-def _ways(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
-    """Return the recipe, or those that a target size leaves."""
-    return (recipe,) if recipe.target_size is None else ways(base, recipe)
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a derivation is run: what decides nothing about the result. The fields are parameters of `derive`."""
-
-    output: str | Path
-    device: str
-    threads: int | None
-    resume: bool
-    progress: Progress
-    announce: Callable[[str], None] | None
-    data: Path | None
-
-
-def _best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts, execution: Execution) -> Recipe:
-    """Return the one of several recipes, all as small as was asked for, that is expected to lose least."""
-    if asked.target_size is None:
-        return sized[0]
-    device, threads = checked_device(execution.device), execution.threads or torch.get_num_threads()
-    token_ids = texts.calibration.token_ids
-
-    def measure() -> Prices:
-        texts.check(base.model)
-        forecast_job(
-            base, sized[-1], token_ids.size, None, threads, partial_folder(Path(execution.output)), sizing=True
-        )
-        with limited_threads(threads):
-            progress = lambda done, total: execution.progress("size", done, total)  # noqa: E731
-            return measure_prices(base, torch.from_numpy(token_ids), sized[0], device, progress)
-
-    found = cheapest(sized, measure)
-    if execution.announce is not None:
-        embedding = "" if found.values == "base" else f", embedding {found.embedding_values}"
-        execution.announce(
-            f"for {asked.target_size / 1e6:,.0f} MB: values {found.values}{embedding}, sparsity {found.sparsity}"
-        )
-    return found
+    texts = Texts(calibration, recovery)
+    execution = Execution(output, device, threads, resume, progress, announce, data)
+    return _carry_out(base, best_way(base, recipe, sized, texts, execution), texts, execution)
 
 
 def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> SubModel:
     """Derive once, or as often as a quality that is to be kept asks for."""
-    output, quality = Path(os.path.normpath(execution.output)), recipe.keep_quality
+    output, quality = execution.target, recipe.keep_quality
     if quality is None:
         return _derive(base, recipe, texts, execution)
     if execution.resume and os.path.lexists(output):
         finished = _derive(base, check_kept(output, recipe, quality), texts, execution)
         clear(search_folder(output))  # left there by a run that was killed at its very end
         return finished
-    device, threads = checked_device(execution.device), execution.threads or torch.get_num_threads()
+    device, threads = execution.torch_device, execution.n_threads
     texts.check(base.model)
     forecast_job(base, recipe, texts.calibration.token_ids.size, texts.recovery, threads, search_folder(output))
     unseen = unseen_text(texts, load_tokenizer(base.folder), execution.data)
@@ -306,8 +262,7 @@ def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -
 def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> SubModel:
     METHODS.get(recipe.method)
     BUDGETS.get(recipe.budget)
-    target = Path(os.path.normpath(execution.output))
-    device = checked_device(execution.device)
+    target, device = execution.target, execution.torch_device
     texts.check(base.model)
     finished = execution.resume and os.path.lexists(target)
     if not finished:
@@ -316,10 +271,8 @@ def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> S
     if finished:
         check_finished(target, _plan(base, recipe, texts, shortlist, execution))
         return SubModel(target, read_json(target / MANIFEST), {})
-    threads = execution.threads or torch.get_num_threads()
-    forecast = forecast_job(
-        base, recipe, texts.calibration.token_ids.size, texts.recovery, threads, partial_folder(target)
-    )
+    tokens, threads = texts.calibration.token_ids.size, execution.n_threads
+    forecast = forecast_job(base, recipe, tokens, texts.recovery, threads, partial_folder(target))
     if execution.announce is not None:
         execution.announce(forecast.describe())
     plan = _plan(base, recipe, texts, shortlist, execution)
@@ -377,7 +330,7 @@ def _plan(
         **texts.described(),
         "versions": {name: version(name) for name in ("secateur", "torch", "transformers")},
         "device": torch.device(execution.device).type,
-        "run_threads": execution.threads or torch.get_num_threads(),
+        "run_threads": execution.n_threads,
     }
     if shortlist is not None:
         plan["shortlist"] = shortlist.to_dict()

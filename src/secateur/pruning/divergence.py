@@ -75,7 +75,7 @@ def measure_divergence(  # noqa: PLR0917
                 following = run_block(module, hidden, calls.get(block.index, 0))
             with starting_at(model, blocks, block.index, hidden):
                 for linears in parts(block):
-                    with pruned_by_wanda(module, {linear: sums[linear] for linear in linears}, target):
+                    with _pruned(module, {linear: sums[linear] for linear in linears}, target):
                         lost = mean_divergence(parent, spread_logits(model, token_ids))
                     if not lost < float("inf"):
                         raise ModelError(f"{block.name} gives probabilities that are no numbers when it is pruned")
@@ -143,15 +143,20 @@ def summing_squares(
 
 
 @contextmanager
-def pruned_by_wanda(block: nn.Module, statistics: Mapping[str, InputStatistics], target: Target) -> Iterator[None]:
+def _pruned(block: nn.Module, statistics: Mapping[str, InputStatistics], target: Target) -> Iterator[None]:
     """While it is open some weights of the block are pruned with Wanda."""
     weights = {linear: block.get_parameter(f"{linear}.weight") for linear in statistics}
     originals = {linear: weight.data for linear, weight in weights.items()}
     for linear, weight in weights.items():
-        pruned = METHODS.get("wanda").function(weight.data, statistics[linear], target)
-        weight.data = zero_removed(pruned.weight, pruned.mask)
+        weight.data = wanda_pruned(weight.data, statistics[linear], target)
     try:
         yield
     finally:
         for linear, weight in weights.items():
             weight.data = originals[linear]
+
+
+def wanda_pruned(weight: Tensor, statistics: InputStatistics, target: Target) -> Tensor:
+    """Return a weight as Wanda prunes it, with zeros."""
+    pruned = METHODS.get("wanda").function(weight, statistics, target)
+    return zero_removed(pruned.weight, pruned.mask)

@@ -28,7 +28,7 @@ class Forecast:
     working_memory
         Everything else that is in memory at once: one block's weights, scores and packed values, and one batch.
     budget
-        What the whole model takes while a budget is measured, before all of that; 0 if none is.
+        What the whole model takes while a budget, a quality or a size is measured, before all of that; 0 if none is.
     recovery
         What the pruned model, its parent and the optimiser take while it learns, after all of that; 0 if it does not.
     disk

@@ -93,7 +93,8 @@ def forecast_job(  # noqa: PLR0917
         gram=METHODS.get(recipe.method).needs_gram,
         streams=2 if follows_parent(recipe) else 1,
         recovering=0 if recovery is None else recovery.sequence_length,
-        measuring=sizing or measures(recipe) or recipe.keep_quality is not None,
+        measuring=measures(recipe) or recipe.keep_quality is not None,
+        sizing=sizing,
     )
     return make_forecast(demand, workspace)
 

@@ -63,12 +63,12 @@ class LayerProblem:
         scaled.diagonal().fill_(1 + damping_of(statistics))
         dense = weight.float() * norms * alive
         aim = dense @ scaled
+        outputs = statistics.parent_outputs
         if statistics.cross is not None:
-            drift = (statistics.cross.to(weight.device) - gram) / norms / norms[:, None]
-            aim += dense @ drift * correction
-        elif statistics.parent_outputs is not None:
+            outputs = weight.float() @ statistics.cross.to(weight.device)
+        if outputs is not None:
             undamped = aim - dense * damping_of(statistics)
-            aim += (statistics.parent_outputs.to(weight.device) / norms - undamped) * correction
+            aim += (outputs.to(weight.device) / norms - undamped) * correction
         return cls(dense, scaled, norms, aim)
 
     def restored(self, scaled: Tensor, original: Tensor) -> Tensor:
@@ -97,7 +97,9 @@ class LayerProblem:
         """
         gram, added = self.gram.double(), 0.0
         while added <= _MAX_DAMPING:
-            lower, failed = torch.linalg.cholesky_ex(gram + added * torch.eye(len(gram), dtype=gram.dtype))
+            raised = gram.clone()
+            raised.diagonal().add_(added)
+            lower, failed = torch.linalg.cholesky_ex(raised)
             if not failed:
                 inverse = torch.cholesky_inverse(lower)
                 upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)

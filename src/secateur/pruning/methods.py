@@ -1,6 +1,6 @@
 """All methods: importing this module registers them."""
 
-from secateur.pruning import admm, scores, sparsegpt, swaps
+from secateur.pruning import admm, scores, sparsegpt
 from secateur.pruning.method import METHODS
 
-__all__ = ["METHODS", "admm", "scores", "sparsegpt", "swaps"]
+__all__ = ["METHODS", "admm", "scores", "sparsegpt"]

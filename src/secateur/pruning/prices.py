@@ -7,8 +7,8 @@ reckoned from the first (docs/results/bits.md). That is rough, but ways that are
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from secateur.models.products import fast_products
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import GROWTH
-from secateur.pruning.divergence import TOKENS, mean_divergence, pruned_by_wanda, spread_logits, summing_squares
+from secateur.pruning.divergence import TOKENS, mean_divergence, spread_logits, summing_squares, wanda_pruned
 from secateur.pruning.masks import Target
 from secateur.pruning.method import Method
 from secateur.pruning.methods import METHODS
@@ -48,7 +48,7 @@ class Prices:
     halving
         When all prunable weights are pruned to 50% with Wanda.
     small_embedding
-        When embedding and head are int4 and not int8.
+        When embedding and head are int4; int8 is taken to lose nothing.
     """
 
     halving: float
@@ -116,19 +116,35 @@ def measure_prices(
                 for block in base.blocks
             }
             parent = spread_logits(model, token_ids)
+        if not bool(torch.isfinite(parent).all()):
+            raise ModelError("the model itself gives probabilities that are no numbers: it overflows in its precision")
         progress(1, 3)
-        target = Target(_HALF, recipe.granularity)
-        with ExitStack() as pruned:
-            for block in base.blocks:
-                pruned.enter_context(pruned_by_wanda(model.get_submodule(block.name), sums[block.name], target))
-            halving = _finite(mean_divergence(parent, spread_logits(model, token_ids)))
+        with _small_embedding(model):
+            small = _finite(mean_divergence(parent, spread_logits(model, token_ids)))
         progress(2, 3)
-        round_embedding(model)
-        small = _finite(mean_divergence(parent, spread_logits(model, token_ids)))
+        for block in base.blocks:  # in place: there is no memory for two of all weights, and nobody needs them again
+            module = model.get_submodule(block.name)
+            for linear in block.prunable:
+                weight = module.get_parameter(f"{linear}.weight")
+                weight.data = wanda_pruned(weight.data, sums[block.name][linear], Target(_HALF, recipe.granularity))
+        halving = _finite(mean_divergence(parent, spread_logits(model, token_ids)))
         progress(3, 3)
-    del model
+    del model, module, weight
     release_freed_memory()
     return Prices(halving, small)
+
+
+@contextmanager
+def _small_embedding(model: PreTrainedModel) -> Iterator[None]:
+    """While it is open embedding and head are int4."""
+    weights = [model.get_parameter(name) for name in embedding_weights(model)]
+    originals = [weight.data for weight in weights]
+    round_embedding(model)
+    try:
+        yield
+    finally:
+        for weight, original in zip(weights, originals, strict=True):
+            weight.data = original
 
 
 def _has_small_embedding(recipe: Recipe) -> bool:
@@ -147,5 +163,8 @@ def round_embedding(model: PreTrainedModel) -> PreTrainedModel:
 
 def _finite(lost: float) -> float:
     if not lost < math.inf:
-        raise ModelError("the model gives probabilities that are no numbers when it is made smaller: give --values")
+        raise ModelError(
+            "the model gives probabilities that are no numbers when it is made smaller: give --values and "
+            "--embedding-values beside --target-size"
+        )
     return max(0.0, lost)

@@ -84,21 +84,21 @@ def small_embedding_pays(lost: float, allowed: float, saved: int, footprint: Foo
     return saved > given_up * entries * INTEGER_BITS[values] / 8
 
 
-def _embedding(  # noqa: PLR0917
+def _embeddings(  # noqa: PLR0917
     trials: Trials, recipe: Recipe, values: Values, judge: Judge, footprint: Footprint, allowed: float
-) -> EmbeddingValues:
-    """Return the values of embedding and head beside some values of the weights: those asked for, or what pays."""
+) -> tuple[EmbeddingValues, ...]:
+    """Return the values of embedding and head to try beside some values of the weights, one after the other."""
     if "embedding_values" in recipe.model_fields_set or values == "base":
-        return recipe.embedding_values
+        return (recipe.embedding_values,)
     if trials.small_embedding is None:
         trials.small_embedding = judge.small_embedding() - (trials.nats or 0.0)
         trials.save()
-    sizes = [
-        footprint.outer(recipe.model_copy(update={"values": values, "embedding_values": one}))
-        for one in ("int8", "int4")
-    ]
-    saved = sizes[0] - sizes[1]
-    return "int4" if small_embedding_pays(trials.small_embedding, allowed, saved, footprint, values) else "int8"
+    kinds: tuple[EmbeddingValues, ...] = ("int4", "int8")
+    small, large = (
+        footprint.outer(recipe.model_copy(update={"values": values, "embedding_values": one})) for one in kinds
+    )
+    pays = small_embedding_pays(trials.small_embedding, allowed, large - small, footprint, values)
+    return kinds if pays else kinds[1:]
 
 
 def find_sparsity(  # noqa: PLR0917
@@ -150,22 +150,27 @@ def find_sparsity(  # noqa: PLR0917
         return place
 
     for values in _KINDS if "values" in open_ else (recipe.values,):
-        embedding = _embedding(trials, recipe, values, judge, footprint, allowed)
-        while (sparsity := propose(trials.of(values, embedding), values, allowed)) is not None:
-            loss = judge.submodel(derived(values, embedding, sparsity)) - nats
-            trials.done.append(Trial(values, embedding, sparsity, loss))
-            trials.save()
-            trials.keep_only(best_of(trials.of(values, embedding), allowed))
-            beside = "" if values == "base" else f", embedding {embedding},"
-            say(f"{values}{beside} with {sparsity:.1%} removed keeps {kept(nats, loss):.4f}; {quality} is wanted")
-        if (best := best_of(trials.of(values, embedding), allowed)) is not None:
-            if not trials.place_of(best).exists():  # it was measured for another quality
-                derived(values, embedding, best.sparsity)
-            return best
+        for embedding in _embeddings(trials, recipe, values, judge, footprint, allowed):
+            while (sparsity := propose(trials.of(values, embedding), values, allowed)) is not None:
+                loss = judge.submodel(derived(values, embedding, sparsity)) - nats
+                trials.done.append(Trial(values, sparsity, loss, embedding))
+                trials.save()
+                trials.keep_only(best_of(trials.of(values, embedding), allowed))
+                said = _described(values, embedding, sparsity)
+                say(f"{said} keeps {kept(nats, loss):.4f}; {quality} is wanted")
+            if (best := best_of(trials.of(values, embedding), allowed)) is not None:
+                if not trials.place_of(best).exists():  # it was measured for another quality
+                    derived(values, embedding, best.sparsity)
+                return best
     trials.keep_only(None)
     most = min(trials.done, key=lambda trial: trial.loss)
     raise ConfigError(
-        f"a quality of {quality} cannot be kept: {most.values} with {most.sparsity:.1%} removed keeps "
+        f"a quality of {quality} cannot be kept: {_described(most.values, most.embedding, most.sparsity)} keeps "
         f"{kept(nats, most.loss):.4f}; ask for less with --resume, which uses what was measured, or delete "
         f"{str(trials.folder)!r}"
     )
+
+
+def _described(values: Values, embedding: EmbeddingValues, sparsity: float) -> str:
+    beside = "" if values == "base" else f", embedding {embedding},"
+    return f"{values}{beside} with {sparsity:.1%} removed"

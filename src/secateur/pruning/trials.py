@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from secateur.pruning.workspace import check_output, first_difference, locked
 
 TRIALS = "trials.json"
 _OWN = re.compile(
-    rf"(base|int8|int4)-(int8|int4)-\d\.\d{{4}}(\.partial|\.deleted)?"
+    rf"(base|int8|int4)(-int8|-int4)?-\d\.\d{{4}}(\.partial|\.deleted)?"
     rf"|({re.escape(TRIALS)}|{re.escape(LOCK)})(\.partial-.*)?"
 )
 
@@ -31,16 +31,18 @@ class Trial:
 
     Attributes
     ----------
-    values, embedding, sparsity
-        What it was derived with; `embedding` are the values of embedding and head where they are integers.
+    values, sparsity
+        What it was derived with.
     loss
         Nats per token that it loses beside its parent; below 0 when it is better.
+    embedding
+        The values of embedding and head where they are integers.
     """
 
     values: Values
-    embedding: EmbeddingValues
     sparsity: float
     loss: float
+    embedding: EmbeddingValues = "int8"
 
 
 class Trials:
@@ -73,7 +75,7 @@ class Trials:
         try:
             content = read_json(self.folder / TRIALS)
             self.nats = float(content["nats"])
-            lost = content["small_embedding"]
+            lost = content.get("small_embedding")
             self.small_embedding = None if lost is None else float(lost)
             self.done = [Trial(**one) for one in content["trials"]]
             difference = first_difference(content["asked"], self._asked, self._asked)
@@ -175,8 +177,9 @@ def check_kept(finished: Path, recipe: Recipe, quality: float) -> Recipe:
     try:
         log, found = read_json(finished / LOG)["keep_quality"], read_json(finished / MANIFEST)["recipe"]
         allowed = allowed_loss(log["parent_nats"], quality)
-        trial = Trial(found["values"], found["embedding_values"], found["sparsity"], allowed)
-        kept = any(one | {"loss": allowed} == asdict(trial) and one["loss"] <= allowed for one in log["trials"])
+        trial = Trial(found["values"], found["sparsity"], allowed, found["embedding_values"])
+        done = [Trial(**one) for one in log["trials"]]
+        kept = any(replace(one, loss=allowed) == trial and one.loss <= allowed for one in done)
         recipe = recipe.model_copy(update={key: found[key] for key in searched(recipe)})
     except (CheckpointError, KeyError, TypeError):
         kept = False

@@ -192,6 +192,17 @@ def partial_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
+def begun_recipe(output: Path) -> dict[str, Any] | None:
+    """Return the recipe that a finished or interrupted derivation of `output` has, as JSON; None if there is none."""
+    for path in (output / MANIFEST, partial_folder(output) / STATE):
+        try:
+            recipe = _completed(read_json(path))["recipe"]
+        except (CheckpointError, KeyError, TypeError):
+            continue
+        return recipe if isinstance(recipe, dict) else None
+    return None
+
+
 def check_finished(output: Path, plan: dict[str, Any]) -> None:
     """Raise `OutputError` when an existing `output` is anything but a finished sub-model of this plan."""
     try:

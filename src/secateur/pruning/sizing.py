@@ -1,0 +1,64 @@
+"""From a size that is asked for to a recipe: the ways to be as small, and the one that is expected to lose least."""
+
+import os
+
+import torch
+
+from secateur.config import Recipe
+from secateur.models.device import limited_threads
+from secateur.pruning.base import Base
+from secateur.pruning.execution import Execution
+from secateur.pruning.job import forecast_job
+from secateur.pruning.prices import Prices, cheapest, measure_prices
+from secateur.pruning.size import ways
+from secateur.pruning.texts import Texts
+from secateur.pruning.workspace import begun_recipe, check_output, first_difference, partial_folder
+
+
+def sized_recipes(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
+    """Return the recipe alone, or those that its target size leaves; raises `ConfigError` when nothing is as small."""
+    return (recipe,) if recipe.target_size is None else ways(base, recipe)
+
+
+def best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts, execution: Execution) -> Recipe:
+    """Return the one of several recipes, all as small as was asked for, that is expected to lose least.
+
+    A derivation that is resumed has the recipe that it was begun with, which was measured then.
+
+    Raises
+    ------
+    OutputError
+        When the output exists, before anything is measured.
+    ResourceError
+        When the whole model does not fit into memory.
+    """
+    if asked.target_size is None:
+        return sized[0]
+    begun = {"recipe": begun_recipe(execution.target) if execution.resume else None}
+    found = next((one for one in sized if not first_difference(begun, {"recipe": one.to_dict()}, begun)), None)
+    if found is None:
+        if not (execution.resume and os.path.lexists(execution.target)):
+            check_output(execution.target, resume=execution.resume)
+        found = cheapest(sized, lambda: _measured(base, sized, texts, execution))
+    if execution.announce is not None:
+        execution.announce(f"for {asked.target_size / 1e6:,.0f} MB: {_described(found)}")
+    return found
+
+
+def _measured(base: Base, sized: tuple[Recipe, ...], texts: Texts, execution: Execution) -> Prices:
+    texts.check(base.model)
+    token_ids, threads = texts.calibration.token_ids, execution.n_threads
+    forecast_job(base, sized[-1], token_ids.size, None, threads, partial_folder(execution.target), sizing=True)
+
+    def progress(done: int, total: int) -> None:
+        execution.progress("size", done, total)
+
+    with limited_threads(threads):
+        return measure_prices(base, torch.from_numpy(token_ids), sized[0], execution.torch_device, progress)
+
+
+def _described(recipe: Recipe) -> str:
+    if recipe.values == "base":
+        return f"values base, sparsity {recipe.sparsity}"
+    groups = f" in groups of {recipe.group_size}"
+    return f"values {recipe.values}{groups}, embedding {recipe.embedding_values}, sparsity {recipe.sparsity}"
