@@ -123,13 +123,16 @@ def summing_squares(
     not, says nothing about what a part is worth.
     """
     sums: dict[str, InputStatistics] = {}
+    # Made before anything large: what is small and stays would keep the memory between it from being used again.
+    widths = {linear: block.get_parameter(f"{linear}.weight").shape[1] for linear in linears}
+    totals = {linear: torch.zeros(width) for linear, width in widths.items()}
 
     def watch(linear: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             squares = arguments[0].float().square()
-            total = squares.flatten(0, -2).sum(0)
+            total = totals[linear].copy_(squares.flatten(0, -2).sum(0))
             if squares.dim() > 2:
-                total += (first_weight - 1) * squares[:, 0].sum(0)
+                total += ((first_weight - 1) * squares[:, 0].sum(0)).to(total.device)
             sums[linear] = InputStatistics(total, squares.shape[:-1].numel())
 
         return add

@@ -120,6 +120,7 @@ def measure_prices(
             raise ModelError("the model itself gives probabilities that are no numbers: it overflows in its precision")
         progress(1, 3)
         with _small_embedding(model):
+            release_freed_memory()
             small = _finite(mean_divergence(parent, spread_logits(model, token_ids)))
         progress(2, 3)
         for block in base.blocks:  # in place: there is no memory for two of all weights, and nobody needs them again
@@ -127,6 +128,7 @@ def measure_prices(
             for linear in block.prunable:
                 weight = module.get_parameter(f"{linear}.weight")
                 weight.data = wanda_pruned(weight.data, sums[block.name][linear], Target(_HALF, recipe.granularity))
+            release_freed_memory()
         halving = _finite(mean_divergence(parent, spread_logits(model, token_ids)))
         progress(3, 3)
     del model, module, weight
