@@ -65,8 +65,15 @@ def test_nothing_is_widened_outside_the_block_or_with_units(no_units, widened, m
 
 def test_mixed_types_are_the_error_that_they_were(no_units):
     x, weight, b = operands(torch.bfloat16)
-    with fast_products(), pytest.raises(RuntimeError):
-        functional.linear(x.float(), weight, b)
+    for mixed in ((x.float(), weight, b), (x, weight, b.float())):
+        with fast_products(), pytest.raises(RuntimeError):
+            functional.linear(*mixed)
+
+
+def test_other_devices_are_left_alone(no_units, widened):
+    with fast_products():
+        assert functional.linear(*(one.to("meta") for one in operands(torch.bfloat16))).shape == (2, 20, 33)
+    assert widened == []
 
 
 @pytest.mark.parametrize("trained", ["inputs", "weight", "bias", "all"])

@@ -145,6 +145,14 @@ def test_a_model_that_gives_no_numbers_is_refused(base, monkeypatch):
         measured(base)
 
 
+def test_text_that_the_model_cannot_take_is_found_before_anything_is_measured(base, tmp_path):
+    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="int4", sparsity=0.5))
+    text = calibration()
+    text.token_ids[0, 0] = 384
+    with pytest.raises(ModelError, match="was made with another tokenizer"):
+        derive_tiny(base, tmp_path / "out", target_size=target, calibration=text)
+
+
 @pytest.mark.parametrize("change", [{"first_token_weight": 100.0}, {"granularity": "per_layer"}])
 def test_prices_depend_on_the_recipe(base, change):
     token_ids = torch.from_numpy(calibration().token_ids)
