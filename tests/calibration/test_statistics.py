@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.calibration.statistics import StatisticsCollector
+from secateur.calibration.statistics import InputSum, ParentInputs, StatisticsCollector
 from secateur.errors import ModelError
 from tests.pruning.tiny_derivation import calibration, derive_tiny, masks_and_weights
 from tests.tiny import save_tiny
@@ -86,55 +86,48 @@ def test_first_tokens_count_as_many_in_products(dtype):
     torch.testing.assert_close(flat["gate"].gram, plain["gate"].gram, rtol=1e-5, atol=1e-2)
 
 
-def test_products_with_what_the_parent_receives():
-    """Rows of `cross` belong to the parent's features, columns to those of the pass that is watched.
+def parents_of(inputs):
+    return [x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(inputs)]
 
-    A weight that is alone with its input and has fewer outputs gets the products with what the parent puts out.
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 12])
+def test_products_with_what_the_parent_receives(dtype, rows):
+    """Rows of `cross` belong to the parent's features, columns to those of the inputs that are summed.
+
+    A weight that is alone with its input and has at most half as many outputs gets products with the parent's outputs.
     """
-    block, inputs = Feedforward(), batches()
-    parents = [x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(inputs)]
-    outputs = []
-    with torch.no_grad(), StatisticsCollector(block, LINEARS, stop_early=True, gram=True) as collector:
-        for z, x in zip(parents, inputs, strict=True):
-            outputs.append(collector.run_parent(lambda z=z: block(z)))
-            collector.run(lambda x=x: block(x))
-    with torch.no_grad():
-        assert all(torch.equal(output, block(z)) for output, z in zip(outputs, parents, strict=True))
-    results = collector.results()
-    for name, feed in (("up", lambda x: x), ("down", lambda x: block.gate(x).relu() * block.up(x))):
-        with torch.no_grad():
-            z, x = (feed(torch.cat(one).reshape(-1, 8)).double() for one in (parents, inputs))
-        if name == "up":
-            torch.testing.assert_close(results[name].cross.double(), z.T @ x, rtol=1e-4, atol=1e-2)
-            assert results[name].parent_outputs is None
-        else:
-            outputs = z @ block.down.weight.detach().double().T
-            torch.testing.assert_close(results[name].parent_outputs.double(), outputs.T @ x, rtol=1e-4, atol=1e-2)
-            assert results[name].cross is None
-        torch.testing.assert_close(results[name].gram.double(), x.T @ x, rtol=1e-4, atol=1e-2)
-    assert results["gate"].n_tokens == 3 * 2 * 700
-    assert collect(block, inputs, gram=True)[0]["gate"].cross is None
+    inputs = batches(dtype, rows=2500)
+    parents = [one.to(dtype) for one in parents_of([x.float() for x in inputs])]
+    weight = torch.randn(rows, 8, generator=torch.Generator().manual_seed(9)).to(dtype)
+    total = InputSum(8, torch.device("cpu"), gram=True, first_weight=50.0)
+    for x, z in zip(inputs, parents, strict=True):
+        total.add(x, ParentInputs.of(z, [weight]))
+    found = total.result("down")
+    times = torch.ones(2, 2500, 1, dtype=torch.float64)
+    times[:, 0] = 50
+    x, z = (torch.cat([one.double() for one in some]) for some in (inputs, parents))
+    counted = (x * times.repeat(3, 1, 1)).flatten(0, 1)
+    torch.testing.assert_close(found.gram.double(), x.flatten(0, 1).T @ counted, rtol=1e-5, atol=1e-1)
+    if rows == 3:
+        outputs = z.flatten(0, 1) @ weight.double().T
+        torch.testing.assert_close(found.parent_outputs.double(), outputs.T @ counted, rtol=1e-4, atol=1e-1)
+        assert found.cross is None
+    else:
+        torch.testing.assert_close(found.cross.double(), z.flatten(0, 1).T @ counted, rtol=1e-4, atol=1e-1)
+        assert found.parent_outputs is None
+    assert found.n_tokens == 3 * 2 * 2500
 
 
 def test_weights_that_share_an_input_have_no_products_with_outputs():
     """Not even where the first of them has few, as keys and values of grouped queries do."""
-
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.key, self.query = nn.Linear(8, 2), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.key(x).sum() + self.query(x)
-
-    block, (x, z, *_) = Attention(), batches()
-    with torch.no_grad(), StatisticsCollector(block, ("key", "query"), stop_early=True, gram=True) as collector:
-        collector.run_parent(lambda: block(z))
-        collector.run(lambda: block(x))
-    for found in collector.results().values():
-        assert found.parent_outputs is None
-        expected = z.reshape(-1, 8).double().T @ x.reshape(-1, 8).double()
-        torch.testing.assert_close(found.cross.double(), expected, rtol=1e-4, atol=1e-2)
+    x, z, _ = batches()
+    total = InputSum(8, torch.device("cpu"), gram=True, first_weight=1.0)
+    total.add(x, ParentInputs.of(z, [torch.randn(2, 8), torch.randn(8, 8)]))
+    found = total.result("key")
+    assert found.parent_outputs is None
+    expected = z.reshape(-1, 8).double().T @ x.reshape(-1, 8).double()
+    torch.testing.assert_close(found.cross.double(), expected, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

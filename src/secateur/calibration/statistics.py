@@ -4,7 +4,7 @@ Weights that read one tensor (q, k and v; gate and up) share one statistic. Sums
 rows in float32 and added in float64, so that neither the batch size nor the number of tokens costs accuracy.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -72,14 +72,29 @@ class InputStatistics:
 
 
 @dataclass(frozen=True)
-class _Parents:
-    """What an input was in the parent [..., in_features], and the parent's weight if its outputs are to be counted."""
+class ParentInputs:
+    """What an input was in the parent.
+
+    Attributes
+    ----------
+    inputs
+        [..., in_features], token by token beside what is summed.
+    weight
+        The parent's [out_features, in_features], if products with its outputs are summed and not with inputs.
+    """
 
     inputs: Tensor
-    weight: Tensor | None
+    weight: Tensor | None = None
 
-    def first_tokens(self) -> "_Parents":
-        return _Parents(self.inputs[:, :1], self.weight)
+    @classmethod
+    def of(cls, inputs: Tensor, weights: Sequence[Tensor]) -> "ParentInputs":
+        """Return those of the weights that share the input: with the outputs where that takes less work."""
+        alone = len(weights) == 1 and 2 * weights[0].shape[0] <= weights[0].shape[1]
+        return cls(inputs, weights[0] if alone else None)
+
+    def first_tokens(self) -> "ParentInputs":
+        """Return those of the first token of each sequence."""
+        return ParentInputs(self.inputs[:, :1], self.weight)
 
     def rows(self) -> Iterator[Tensor]:
         """Give float32 [tokens, features] of inputs or outputs, a slab at a time."""
@@ -88,8 +103,8 @@ class _Parents:
             yield slab.float() if weight is None else slab.float() @ weight
 
 
-class _Sum:
-    """A running sum for one shared input."""
+class InputSum:
+    """A running sum for one input; with `gram` also of products, in which first tokens count as `first_weight` ones."""
 
     def __init__(self, in_features: int, device: torch.device, *, gram: bool, first_weight: float) -> None:
         self.first_weight = first_weight
@@ -99,7 +114,8 @@ class _Sum:
         self.of_outputs = False
         self.n_tokens = 0
 
-    def add(self, inputs: Tensor, parents: _Parents | None) -> None:
+    def add(self, inputs: Tensor, parents: ParentInputs | None = None) -> None:
+        """Add a batch of inputs [..., in_features]; the first token is the first of [batch, sequence, in_features]."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
         for part in torch.split(rows, _ROWS):
             # A copy even of float32 inputs: they are what the block goes on computing with.
@@ -112,7 +128,7 @@ class _Sum:
                 self._add_products(inputs[:, :1], first, self.first_weight - 1)
         self.n_tokens += rows.shape[0]
 
-    def _add_products(self, inputs: Tensor, parents: _Parents | None, times: float) -> None:
+    def _add_products(self, inputs: Tensor, parents: ParentInputs | None, times: float) -> None:
         assert self.gram is not None  # noqa: S101 - the only caller has looked
         slabs = torch.split(inputs.detach().flatten(0, -2), _GRAM_ROWS)
         # Products of bfloat16 numbers that lie in float32 are exact in bfloat16 units too.
@@ -131,10 +147,20 @@ class _Sum:
                 self.cross.addmm_(theirs.T, slab, alpha=times)
         self.of_outputs = parents.weight is not None
 
-    def result(self) -> InputStatistics:
+    def result(self, name: str) -> InputStatistics:
+        """Return what was summed; `name` is that of a weight, for errors.
+
+        Raises
+        ------
+        ModelError
+            When inputs were not finite.
+        """
+        total = self.total.float()
+        if not bool(torch.isfinite(total).all()):
+            raise ModelError(f"the inputs of {name} are not finite: the model overflows in its precision")
         gram = None if self.gram is None else self.gram.triu() + self.gram.triu(1).T
         cross, outputs = (None, self.cross) if self.of_outputs else (self.cross, None)
-        return InputStatistics(self.total.float(), self.n_tokens, gram, cross, outputs)
+        return InputStatistics(total, self.n_tokens, gram, cross, outputs)
 
 
 class StatisticsCollector:
@@ -142,10 +168,8 @@ class StatisticsCollector:
 
     Used as a context manager around the forward passes; `results()` afterwards. With `stop_early` the forward pass
     ends by raising `AllCollected` once the last of the weights has received its input, because what the block would
-    compute after that changes no statistic. With `gram` the products of all pairs of features are summed too, and, for
-    a pass that `run_parent` has prepared, those with the parent's features; there the first token of each sequence
-    counts as `first_weight` tokens, where inputs are [batch, sequence, features]. With `first_only` a pass ends where a
-    weight receives another input than those before it, and there are statistics for these alone.
+    compute after that changes no statistic. With `gram` the products of all pairs of features are summed too; there the
+    first token of each sequence counts as `first_weight` tokens, where inputs are [batch, sequence, features].
     """
 
     def __init__(
@@ -156,16 +180,12 @@ class StatisticsCollector:
         stop_early: bool,
         gram: bool = False,
         first_weight: float = 1.0,
-        first_only: bool = False,
     ) -> None:
         self._linears = {name: block.get_submodule(name) for name in linears}
-        self._stop_early, self._gram, self._first_only = stop_early and not first_only, gram, first_only
-        self._first_weight = first_weight
-        self._sums: dict[str, _Sum] = {}
+        self._stop_early, self._gram, self._first_weight = stop_early, gram, first_weight
+        self._sums: dict[str, InputSum] = {}
         self._leader: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
-        self._parents: dict[str, tuple[Tensor, Tensor]] | None = None  # inputs and weights
-        self._in_parent = False
         self._calls: list[str] = []
         self._last_called: str | None = None
         self._handles: list[Any] = []
@@ -182,22 +202,16 @@ class StatisticsCollector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def watch(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             inputs = arguments[0]
-            if self._first_only and self._last is not None and self._last[1] is not inputs:
-                raise AllCollected
-            if self._in_parent and self._parents is not None:
-                self._parents[name] = (inputs, self._linears[name].get_parameter("weight").data)
-                self._last = (name, inputs)
-                return
             if self._last is not None and self._last[1] is inputs:
                 leader = self._last[0]
             else:
                 leader = name
                 self._last = (name, inputs)
                 if name not in self._sums:
-                    self._sums[name] = _Sum(
+                    self._sums[name] = InputSum(
                         inputs.shape[-1], inputs.device, gram=self._gram, first_weight=self._first_weight
                     )
-                self._sums[name].add(inputs, self._parents_of(name))
+                self._sums[name].add(inputs)
             if self._leader.setdefault(name, leader) != leader:
                 raise ModelError(f"{name} shared its input with {self._leader[name]} in one batch but not in another")
             self._calls.append(name)
@@ -205,27 +219,6 @@ class StatisticsCollector:
                 raise AllCollected
 
         return watch
-
-    def _parents_of(self, name: str) -> _Parents | None:
-        """Return what the parent received there in the pass before, if there was one."""
-        if not self._parents:
-            return None
-        inputs, weight = self._parents[name]
-        alone = sum(other is inputs for other, _ in self._parents.values()) == 1
-        return _Parents(inputs, weight if alone and 2 * weight.shape[0] <= weight.shape[1] else None)
-
-    def run_parent(self, forward: Callable[[], Any]) -> Any:
-        """Run a batch as the parent does, and note what the weights receive for the next `run`.
-
-        Returns the output, or None where the pass was stopped early.
-        """
-        self._parents, self._in_parent, self._last = {}, True, None
-        try:
-            return forward()
-        except AllCollected:
-            return None
-        finally:
-            self._in_parent = False
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """Run one forward pass and return its output, or None where it was stopped early."""
@@ -235,7 +228,6 @@ class StatisticsCollector:
             output = forward()
         except AllCollected:
             output = None
-        self._parents = None
         if self._stop_early and self._last_called is None:
             self._last_called = self._only_last_call()
         return output
@@ -250,14 +242,12 @@ class StatisticsCollector:
         Raises
         ------
         ModelError
-            When a weight was never used (with `first_only`: when none was), or its inputs were not finite.
+            When a weight was never used, or its inputs were not finite.
         """
-        done = {name: one.result() for name, one in self._sums.items()}
-        for name in self._leader if self._first_only and self._leader else self._linears:
+        for name in self._linears:
             if name not in self._leader:
                 raise ModelError(f"{name} received no input in a forward pass, so it cannot be calibrated")
-            if not bool(torch.isfinite(done[self._leader[name]].sum_squares).all()):
-                raise ModelError(f"the inputs of {name} are not finite: the model overflows in its precision")
+        done = {name: one.result(name) for name, one in self._sums.items()}
         return {name: done[leader] for name, leader in self._leader.items()}
 
 

@@ -13,6 +13,9 @@ from secateur.pruning.recovery import sequences_together
 
 # Activations inside one block, in multiples of one batch of [tokens, intermediate_size] and [tokens, hidden_size].
 INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
+# What a pass holds while it stands still in a block, in multiples of [tokens, hidden_size] and of the wider of the MLP
+# and of queries, keys and values together.
+WAITING_HIDDEN, ATTENTION_HIDDEN = 3, 3
 # Of a layer's problem, in multiples of its Gram matrix and of its weight in float32; the factors are in float64.
 GRAM_COPIES, WEIGHT_COPIES, FLOAT_BYTES = 12, 8, 4
 # Of logits, in multiples of those that are compared: the parent's, two of the pruned model, and what is in float32.
@@ -53,6 +56,8 @@ class Demand:
         Whether the method needs the Gram matrices of the inputs.
     streams
         2 when the calibration set runs through the dense model too.
+    waiting
+        Length of the sequences whose passes could stand still in a block at each stage of it; 0 where there are none.
     recovering
         Length of the sequences that the pruned model learns from; 0 when it does not.
     measuring
@@ -74,6 +79,7 @@ class Demand:
     trimmed: bool = False
     gram: bool = False
     streams: int = 1
+    waiting: int = 0
     recovering: int = 0
     measuring: bool = False
     sizing: bool = False
@@ -95,6 +101,17 @@ class Demand:
             working += max(self._gram(block) for block in self.blocks)
         return max(working, self._reordering())
 
+    def passes(self) -> int:
+        """Return what all passes through a block hold if they stand still at its stages; 0 where they do not."""
+        if not self.waiting:
+            return 0
+        hidden, intermediate = self._widths()
+        features = WAITING_HIDDEN * hidden + max(intermediate, ATTENTION_HIDDEN * hidden)
+        if self._is_eager():  # attention that gives its probabilities, which wait too
+            config = self.model.config.get_text_config(decoder=True)
+            features += self.waiting * config.num_attention_heads
+        return self.streams * self.tokens * features * self.itemsize
+
     def recovery(self) -> int:
         """Return what the model, its parent, the optimiser and one step of recovery take; 0 without it."""
         if not self.recovering:
@@ -105,7 +122,7 @@ class Demand:
         models = self.itemsize * (self._all() + 2 * learning + self._outer_matrices()) + learning
         tokens = self.recovering * sequences_together(self.recovering, config.vocab_size, self.itemsize)
         for_gradients = tokens * self.itemsize * (KEPT_INTERMEDIATE * intermediate + KEPT_HIDDEN * hidden)
-        if self.model.config._attn_implementation == "eager":  # which keeps what belongs to all pairs of positions
+        if self._is_eager():  # which keeps what belongs to all pairs of positions
             for_gradients += tokens * self.recovering * config.num_attention_heads * (self.itemsize + FLOAT_BYTES)
         logits = LOGITS_COPIES * tokens * config.vocab_size * self.itemsize
         return int(models + (STATE_BYTES + FLOAT_BYTES) * learning + len(self.blocks) * for_gradients + logits)
@@ -132,6 +149,9 @@ class Demand:
         prunable = sum(self._prunable())
         shards = int(prunable * (1 / 8 + (1 - self.sparsity) * self.itemsize))
         return self.written + shards + 2 * STATE_BYTES * self._learning()
+
+    def _is_eager(self) -> bool:
+        return bool(self.model.config._attn_implementation == "eager")
 
     def _widths(self) -> tuple[int, int]:
         config = self.model.config.get_text_config(decoder=True)

@@ -1,7 +1,7 @@
 """What a derivation will need beside what the machine has, before any weight is read.
 
-The forecast decides whether activations live in memory or in a mapped file, and refuses what cannot fit. It does not
-know what other processes will do.
+The forecast decides whether activations live in memory or in a mapped file and whether passes can wait in a block, and
+refuses what cannot fit. It does not know what other processes will do.
 """
 
 import shutil
@@ -27,6 +27,8 @@ class Forecast:
         The inputs of the current block for the whole calibration set.
     working_memory
         Everything else that is in memory at once: one block's weights, scores and packed values, and one batch.
+    passes
+        What all passes through a block hold beside that while they stand still at its stages, if they do.
     budget
         What the whole model takes while a budget, a quality or a size is measured, before all of that; 0 if none is.
     recovery
@@ -37,21 +39,26 @@ class Forecast:
         What the machine has at this moment.
     map_activations
         Whether the activations go to a mapped file in the output folder.
+    keep_passes
+        Whether there is room for passes that stand still; without they are run again at each stage.
     """
 
     activations: int
     working_memory: int
+    passes: int
     budget: int
     recovery: int
     disk: int
     available_memory: int
     available_disk: int
     map_activations: bool
+    keep_passes: bool
 
     def describe(self) -> str:
         """Return the forecast in one line."""
         where = "in a mapped file" if self.map_activations else "in memory"
         pruning = self.working_memory + (0 if self.map_activations else self.activations)
+        pruning += self.passes if self.keep_passes else 0
         needed = max(pruning, self.budget, self.recovery)
         return (
             f"needs about {_size(needed)} of {_size(self.available_memory)} free memory "
@@ -79,6 +86,7 @@ def make_forecast(demand: Demand, output: Path) -> Forecast:
     activations, working, budget, recovery = demand.activations(), demand.pruning(), demand.budget(), demand.recovery()
     memory, free_disk = available_memory(), shutil.disk_usage(_existing_parent(output)).free
     map_activations = activations + working > MEMORY_SHARE * memory
+    keep_passes = activations + working + demand.passes() <= MEMORY_SHARE * memory
     written = [*output.glob("*.safetensors"), *(output / PRUNED).glob("*.safetensors"), *output.glob(RECOVERY)]
     disk = demand.disk() + map_activations * activations - sum(path.stat().st_size for path in written)
     if budget > MEMORY_SHARE * memory:
@@ -103,7 +111,18 @@ def make_forecast(demand: Demand, output: Path) -> Forecast:
             f"the derivation may need {_size(disk)} of disk and {_size(free_disk)} are free at "
             f"{str(output.parent)!r}: make room or name another output{fewer}"
         )
-    return Forecast(activations, working, budget, recovery, disk, memory, free_disk, map_activations)
+    return Forecast(
+        activations,
+        working,
+        demand.passes(),
+        budget,
+        recovery,
+        disk,
+        memory,
+        free_disk,
+        map_activations,
+        keep_passes,
+    )
 
 
 def _existing_parent(path: Path) -> Path:

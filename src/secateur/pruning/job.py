@@ -52,6 +52,7 @@ from secateur.pruning.forecast import Forecast, make_forecast
 from secateur.pruning.loop import BlockRun, Progress, prune_blocks
 from secateur.pruning.method import Pruned
 from secateur.pruning.methods import METHODS
+from secateur.pruning.passes import in_stages
 from secateur.pruning.pupil import open_pupil
 from secateur.pruning.recovery import Pupil, recover
 from secateur.pruning.size import Footprint
@@ -92,6 +93,7 @@ def forecast_job(  # noqa: PLR0917
         trimmed=recipe.trim_vocabulary,
         gram=METHODS.get(recipe.method).needs_gram,
         streams=2 if follows_parent(recipe) else 1,
+        waiting=recipe.sequence_length if in_stages(recipe) else 0,
         recovering=0 if recovery is None else recovery.sequence_length,
         measuring=measures(recipe) or recipe.keep_quality is not None,
         sizing=sizing,
@@ -236,6 +238,8 @@ class Job:
             lambda block: self._shard(folder, block),
             self._embed(timings) if needs_data else None,
             self.device,
+            # What the forecast knows is the memory of the host.
+            self.forecast.keep_passes and self.device.type == "cpu",
         )
 
     def _shard(self, folder: Path, block: Block) -> Path:

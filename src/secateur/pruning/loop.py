@@ -6,8 +6,9 @@ that is needed to go on after an interruption: its block is run again from the s
 
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import starmap
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.calibration.statistics import InputStatistics, StatisticsCollector
+from secateur.calibration.statistics import InputStatistics
 from secateur.checkpoint.bitmask import PackedWeight
 from secateur.checkpoint.dense import DenseWeight
 from secateur.checkpoint.format import Encoding, Stored, StoredWeights
@@ -25,13 +26,13 @@ from secateur.checkpoint.shards import read_shard, write_block_shard
 from secateur.config import Recipe
 from secateur.errors import CheckpointError, ModelError
 from secateur.files import release_freed_memory
-from secateur.models.replay import Call, run_block
 from secateur.models.structure import Block
 from secateur.models.weights import WeightReader, drop_parameters, set_parameters
 from secateur.pruning.activations import Activations
 from secateur.pruning.equalise import Inputs, Source, find_source
 from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
+from secateur.pruning.passes import Course, NoPasses, Passes, StagedPasses, WholePasses, in_stages
 from secateur.pruning.weight import encoding_of, is_unmasked, prune_weight
 
 Progress = Callable[[str, int, int], None]
@@ -51,6 +52,8 @@ class BlockRun:
         Gives the file of a block's shard.
     activations
         None when the method needs no statistics.
+    keep_passes
+        Whether there is memory for all passes through a block while they wait.
     sources
         What produces the input that linears share, by the type of the block and their names.
     """
@@ -64,6 +67,7 @@ class BlockRun:
     shard: Callable[[Block], Path]
     activations: Activations | None
     device: torch.device
+    keep_passes: bool = True
     sources: dict[tuple[Any, ...], Source | None] = field(default_factory=dict)
 
 
@@ -89,22 +93,24 @@ def _prune_block(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> No
         originals = _load_block(run, block, module)
     packed: dict[str, PackedWeight | DenseWeight] = {}
     others = {name: one for name, one in originals.items() if name not in map(block.weight_name, block.prunable)}
-    left = block.prunable
-    while left:
-        with timer("collect"):
-            statistics = _collect(run, block, module, left, originals)
-        stage = tuple(linear for linear in left if linear in statistics) if statistics else left
-        with timer("prune"):
-            inputs = _shared_inputs(run, block, module, stage, statistics)
-            packed |= _prune_weights(run, block, module, inputs, originals)
-            for shared in inputs:
-                shared.quieten_source(block, module, packed, others)
-        left = tuple(linear for linear in left if linear not in stage)
-    with timer("write"):
-        write_block_shard(path, packed, others)
-    if run.recipe.propagate:
+    with timer("collect"), _naming(block):
+        passes = _passes(run, block, module, originals)
+    with passes:
+        for number, stage in enumerate(passes.stages()):
+            with timer("collect"), _naming(block):
+                statistics = passes.collect(number)
+            with timer("prune"):
+                inputs = _shared_inputs(run, block, module, stage, statistics)
+                packed |= _prune_weights(run, block, module, inputs, originals)
+                for shared in inputs:
+                    shared.quieten_source(block, module, packed, others)
+                    if shared.exponents is not None:
+                        passes.quieten(shared.exponents)
+            del statistics, inputs
+        with timer("write"):
+            write_block_shard(path, packed, others)
         with timer("propagate"):
-            _propagate(run, block, module)
+            passes.finish()
     drop_parameters(module)
     release_freed_memory()
 
@@ -121,38 +127,37 @@ def _load_block(run: BlockRun, block: Block, module: nn.Module) -> dict[str, Ten
     return originals
 
 
-def _collect(
-    run: BlockRun, block: Block, module: nn.Module, linears: tuple[str, ...], originals: Mapping[str, Tensor]
-) -> Mapping[str, InputStatistics]:
-    """Return statistics of the weights; of those with the first input alone, where methods change what they keep.
-
-    Then the others are to see what the changed ones put out.
-    """
-    if run.activations is None:
-        return {}
-    propagate, gram = run.recipe.propagate, METHODS.get(run.recipe.method).needs_gram
-    dtype = module.get_parameter(f"{linears[0]}.weight").dtype
-    dense = {name.removeprefix(f"{block.name}."): one.to(run.device, dtype) for name, one in originals.items()}
-    collector = StatisticsCollector(
+def _course(run: BlockRun, block: Block, module: nn.Module) -> Course:
+    assert run.activations is not None  # noqa: S101 - there are statistics, or a block to be run again
+    return Course(
         module,
-        linears,
-        stop_early=propagate,
-        gram=gram,
-        first_weight=run.recipe.first_token_weight,
-        first_only=gram and propagate,
+        block.prunable,
+        run.activations,
+        block.index,
+        run.device,
+        METHODS.get(run.recipe.method).needs_gram,
+        run.recipe.first_token_weight,
+        block.index == len(run.blocks) - 1,
     )
-    with collector:
-        for batch, hidden, parent in run.activations.batches():
-            call = run.activations.inputs.get(block.index, batch)
-            if parent is not None:
-                output = collector.run_parent(lambda: _forward(run, module, parent, call, dense))  # noqa: B023
-                if output is not None:  # nothing is left to be collected behind this stage
-                    parent.copy_(output)
-            output = collector.run(lambda: _forward(run, module, hidden, call))  # noqa: B023 - called at once
-            if not propagate:
-                hidden.copy_(output)
+
+
+def _passes(run: BlockRun, block: Block, module: nn.Module, originals: Mapping[str, Tensor]) -> Passes:
+    """Return how the calibration set runs through a block; stage by stage where methods change what they keep."""
+    if run.activations is None:
+        return NoPasses(block.prunable)
+    course = _course(run, block, module)
+    if not in_stages(run.recipe):
+        return WholePasses(course, propagate=run.recipe.propagate)
+    dtype = module.get_parameter(f"{block.prunable[0]}.weight").dtype
+    dense = {name.removeprefix(f"{block.name}."): one.to(run.device, dtype) for name, one in originals.items()}
+    return StagedPasses(course, dense, keep=run.keep_passes)
+
+
+@contextmanager
+def _naming(block: Block) -> Iterator[None]:
+    """Put the name of the block before what is wrong in it."""
     try:
-        return collector.results()
+        yield
     except ModelError as error:
         raise ModelError(f"{block.name}: {error}") from None
 
@@ -172,12 +177,7 @@ def _shared_inputs(
         for shared in map(statistics.__getitem__, linears)
     }
 
-    def probe() -> Tensor:
-        assert run.activations is not None  # noqa: S101 - there are statistics
-        hidden = next(iter(run.activations.batches()))[1]
-        return _forward(run, module, hidden, run.activations.inputs.get(block.index, 0))
-
-    found = []
+    found, probe = [], _course(run, block, module).probe
     for group in groups.values():
         key = (type(module), group)
         if key not in run.sources:
@@ -224,47 +224,17 @@ def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
         tensors = read_shard(path, Stored(StoredWeights(run.encoding, shapes), unmasked=unmasked), dtype)
         if run.activations is None:
             return
-        _propagate_parent(run, block, module)
+        course = _course(run, block, module)
+        if run.activations.parent is not None:
+            _load_block(run, block, module)
+            course.propagate_parent()
         if run.recipe.propagate:
             prefix = len(block.name) + 1
             set_parameters(module, {name[prefix:]: t.to(run.device, dtype) for name, t in tensors.items()})
         else:
             _load_block(run, block, module)
-        _propagate(run, block, module)
+        course.propagate()
     drop_parameters(module)
-
-
-def _propagate(run: BlockRun, block: Block, module: nn.Module) -> None:
-    """Replace the activations by the block's outputs; the outputs of the last block are of no use."""
-    if run.activations is None or block.index == len(run.blocks) - 1:
-        return
-    for batch, hidden, _ in run.activations.batches():
-        hidden.copy_(_forward(run, module, hidden, run.activations.inputs.get(block.index, batch)))
-
-
-def _propagate_parent(run: BlockRun, block: Block, module: nn.Module) -> None:
-    """Replace the parent's activations, where there are any, by the outputs of the dense block."""
-    if run.activations is None or run.activations.parent is None or block.index == len(run.blocks) - 1:
-        return
-    _load_block(run, block, module)
-    for batch, _, parent in run.activations.batches():
-        if parent is not None:
-            parent.copy_(_forward(run, module, parent, run.activations.inputs.get(block.index, batch)))
-
-
-def _forward(
-    run: BlockRun, module: nn.Module, hidden: Tensor, call: Call, parameters: dict[str, Tensor] | None = None
-) -> Tensor:
-    """Return the outputs of a block, with other parameters than its own if they are given."""
-    with torch.inference_mode():
-        if parameters is None:
-            return run_block(module, hidden.to(run.device), call)
-        own = {name: parameter.data for name, parameter in module.named_parameters()}
-        set_parameters(module, parameters)
-        try:
-            return run_block(module, hidden.to(run.device), call)
-        finally:
-            set_parameters(module, own)
 
 
 class _Timer:
@@ -272,14 +242,11 @@ class _Timer:
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds = seconds
-        self._stage, self._start = "", 0.0
 
-    def __call__(self, stage: str) -> "_Timer":
-        self._stage = stage
-        return self
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + time.perf_counter() - self._start
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
