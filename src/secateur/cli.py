@@ -336,6 +336,6 @@ def main(arguments: list[str] | None = None) -> Any:
         if isinstance(end, SystemExit) and end.code != 130:
             raise
         verb = next((one for one in given if not one.startswith("-")), "")
-        more = "; it goes on with its finished blocks when run again with --resume" if verb == "derive" else ""
+        more = "; run again with --resume, it goes on with what is finished" if verb == "derive" else ""
         sys.stderr.write(f"secateur: interrupted{more}\n")
         sys.exit(130)

@@ -25,7 +25,7 @@ from secateur.pruning.job import Job, forecast_job
 from secateur.pruning.loop import Progress
 from secateur.pruning.methods import METHODS
 from secateur.pruning.quality import Judge, unseen_text
-from secateur.pruning.search import find_sparsity
+from secateur.pruning.search import Search
 from secateur.pruning.size import Footprint
 from secateur.pruning.sizing import best_way, sized_recipes
 from secateur.pruning.texts import Texts, check_length
@@ -254,7 +254,7 @@ def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -
     with open_trials(output, asked, resume=execution.resume) as trials:
         with limited_threads(threads):
             footprint, say = Footprint.of(base, base.stored_names()), execution.announce or (lambda _: None)
-            best = find_sparsity(trials, recipe, quality, judge, footprint, one, say)
+            best = Search(trials, recipe, quality, judge, footprint, one, say).run()
         log = trials.publish(best)
     return SubModel(output, read_json(output / MANIFEST), log)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.checkpoint.format import INTEGER_BITS
@@ -84,35 +85,11 @@ def small_embedding_pays(lost: float, allowed: float, saved: int, footprint: Foo
     return saved > given_up * entries * INTEGER_BITS[values] / 8
 
 
-def _embeddings(  # noqa: PLR0917
-    trials: Trials, recipe: Recipe, values: Values, judge: Judge, footprint: Footprint, allowed: float
-) -> tuple[EmbeddingValues, ...]:
-    """Return the values of embedding and head to try beside some values of the weights, one after the other."""
-    if "embedding_values" in recipe.model_fields_set or values == "base":
-        return (recipe.embedding_values,)
-    if trials.small_embedding is None:
-        trials.small_embedding = judge.small_embedding() - (trials.nats or 0.0)
-        trials.save()
-    kinds: tuple[EmbeddingValues, ...] = ("int4", "int8")
-    small, large = (
-        footprint.outer(recipe.model_copy(update={"values": values, "embedding_values": one})) for one in kinds
-    )
-    pays = small_embedding_pays(trials.small_embedding, allowed, large - small, footprint, values)
-    return kinds if pays else kinds[1:]
+@dataclass(frozen=True)
+class Search:
+    """The search for the sub-model with the highest sparsity that keeps a quality.
 
-
-def find_sparsity(  # noqa: PLR0917
-    trials: Trials,
-    recipe: Recipe,
-    quality: float,
-    judge: Judge,
-    footprint: Footprint,
-    derive: Callable[[Recipe, Path], None],
-    say: Callable[[str], None],
-) -> Trial:
-    """Derive and measure until the sub-model with the highest sparsity that keeps the quality is there.
-
-    Parameters
+    Attributes
     ----------
     trials
         Where they go, and those that are done already.
@@ -126,49 +103,77 @@ def find_sparsity(  # noqa: PLR0917
         Derives a recipe, whose sparsity and values are settled, into a folder; goes on with what is there.
     say
         Called with a line on each trial.
-
-    Returns
-    -------
-    Trial
-        The best one, whose folder is in that of the trials.
-
-    Raises
-    ------
-    ConfigError
-        When not even values without pruning keep so much.
     """
-    if trials.nats is None:
-        trials.nats = judge.parent()
-        trials.save()
-    nats, allowed, open_ = trials.nats, allowed_loss(trials.nats, quality), searched(recipe)
 
-    def derived(values: Values, embedding: EmbeddingValues, sparsity: float) -> Path:
-        group_size = DEFAULT_GROUP_SIZES.get(values) if "values" in open_ else recipe.group_size
-        place = trials.place(values, embedding, sparsity)
+    trials: Trials
+    recipe: Recipe
+    quality: float
+    judge: Judge
+    footprint: Footprint
+    derive: Callable[[Recipe, Path], None]
+    say: Callable[[str], None]
+
+    def run(self) -> Trial:
+        """Derive and measure until it is there; return the best trial, whose folder is in that of the trials.
+
+        Raises
+        ------
+        ConfigError
+            When not even values without pruning keep so much.
+        """
+        if self.trials.nats is None:
+            self.trials.nats = self.judge.parent()
+            self.trials.save()
+        allowed = allowed_loss(self.trials.nats, self.quality)
+        for values in _KINDS if "values" in searched(self.recipe) else (self.recipe.values,):
+            for embedding in self._embeddings(values, allowed):
+                if (best := self._best(values, embedding, allowed)) is not None:
+                    return best
+        self.trials.keep_only(None)
+        most = min(self.trials.done, key=lambda trial: trial.loss)
+        raise ConfigError(
+            f"a quality of {self.quality} cannot be kept: {_described(most.values, most.embedding, most.sparsity)} "
+            f"keeps {kept(self.trials.nats, most.loss):.4f}; ask for less with --resume, which uses what was measured, "
+            f"or delete {str(self.trials.folder)!r}"
+        )
+
+    def _embeddings(self, values: Values, allowed: float) -> tuple[EmbeddingValues, ...]:
+        """Return the values of embedding and head to try beside some of the weights, one after the other."""
+        recipe, trials = self.recipe, self.trials
+        if "embedding_values" in recipe.model_fields_set or values == "base":
+            return (recipe.embedding_values,)
+        if trials.small_embedding is None:
+            trials.small_embedding = self.judge.small_embedding() - (trials.nats or 0.0)
+            trials.save()
+        kinds: tuple[EmbeddingValues, ...] = ("int4", "int8")
+        small, large = (
+            self.footprint.outer(recipe.model_copy(update={"values": values, "embedding_values": one})) for one in kinds
+        )
+        pays = small_embedding_pays(trials.small_embedding, allowed, large - small, self.footprint, values)
+        return kinds if pays else kinds[1:]
+
+    def _best(self, values: Values, embedding: EmbeddingValues, allowed: float) -> Trial | None:
+        """Try sparsities with these values until there is nothing to gain; return the best trial that is good."""
+        trials, nats = self.trials, self.trials.nats or 0.0
+        while (sparsity := propose(trials.of(values, embedding), values, allowed)) is not None:
+            loss = self.judge.submodel(self._derived(values, embedding, sparsity)) - nats
+            trials.done.append(Trial(values, sparsity, loss, embedding))
+            trials.save()
+            trials.keep_only(best_of(trials.of(values, embedding), allowed))
+            said = _described(values, embedding, sparsity)
+            self.say(f"{said} keeps {kept(nats, loss):.4f}; {self.quality} is wanted")
+        best = best_of(trials.of(values, embedding), allowed)
+        if best is not None and not trials.place_of(best).exists():  # it was measured for another quality
+            self._derived(values, embedding, best.sparsity)
+        return best
+
+    def _derived(self, values: Values, embedding: EmbeddingValues, sparsity: float) -> Path:
+        is_open = "values" in searched(self.recipe)
+        group_size = DEFAULT_GROUP_SIZES.get(values) if is_open else self.recipe.group_size
+        place = self.trials.place(values, embedding, sparsity)
         update = {"values": values, "group_size": group_size, "embedding_values": embedding, "sparsity": sparsity}
-        derive(recipe.model_copy(update=update), place)
+        self.derive(self.recipe.model_copy(update=update), place)
         return place
-
-    for values in _KINDS if "values" in open_ else (recipe.values,):
-        for embedding in _embeddings(trials, recipe, values, judge, footprint, allowed):
-            while (sparsity := propose(trials.of(values, embedding), values, allowed)) is not None:
-                loss = judge.submodel(derived(values, embedding, sparsity)) - nats
-                trials.done.append(Trial(values, sparsity, loss, embedding))
-                trials.save()
-                trials.keep_only(best_of(trials.of(values, embedding), allowed))
-                said = _described(values, embedding, sparsity)
-                say(f"{said} keeps {kept(nats, loss):.4f}; {quality} is wanted")
-            if (best := best_of(trials.of(values, embedding), allowed)) is not None:
-                if not trials.place_of(best).exists():  # it was measured for another quality
-                    derived(values, embedding, best.sparsity)
-                return best
-    trials.keep_only(None)
-    most = min(trials.done, key=lambda trial: trial.loss)
-    raise ConfigError(
-        f"a quality of {quality} cannot be kept: {_described(most.values, most.embedding, most.sparsity)} keeps "
-        f"{kept(nats, most.loss):.4f}; ask for less with --resume, which uses what was measured, or delete "
-        f"{str(trials.folder)!r}"
-    )
 
 
 def _described(values: Values, embedding: EmbeddingValues, sparsity: float) -> str:
