@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from caching import cached
 from transformers import AutoModelForCausalLM
+from watching import summed_inputs
 
 import secateur
 from secateur.checkpoint.format import MANIFEST, dump_json, read_json
@@ -41,21 +42,8 @@ def importance_matrix(folder, domain, samples, data):
     model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.bfloat16).eval()
     tokenizer = load_tokenizer(folder)
     token_ids = torch.from_numpy(secateur.calibrate(domain, tokenizer, samples=samples, data=data).token_ids)
-    sums, handles = {}, []
     names = [f"{block.name}.{linear}" for block in find_blocks(model) for linear in block.prunable]
-
-    def watch(name):
-        def add(_module, arguments):
-            rows = arguments[0].detach().float().flatten(0, -2)
-            sums[name] = sums.get(name, 0) + rows.square().sum(0).double()
-
-        return add
-
-    for name in names:
-        handles.append(model.get_submodule(name).register_forward_pre_hook(watch(name)))
-    with torch.inference_mode():
-        for part in token_ids.split(4):
-            model(part, use_cache=False, logits_to_keep=1)
+    sums = summed_inputs(model, names, token_ids, lambda inputs: inputs.float().flatten(0, -2).square().sum(0).double())
     means = {f"{name}.weight": (total / token_ids.numel()).float() for name, total in sums.items()}
     config = read_json(folder.path / "config.json")
     sources = tensor_sources(config["model_type"], config)

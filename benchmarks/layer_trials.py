@@ -12,6 +12,7 @@ written plainly here: levels other than whole numbers, and swaps. The figures ar
 import argparse
 
 import torch
+from watching import summed_inputs
 
 import secateur
 from secateur.calibration.statistics import InputStatistics
@@ -30,24 +31,9 @@ WHOLE = {"int4": torch.arange(-8.0, 8.0), "int3": torch.arange(-4.0, 4.0)}
 NO_MIDDLE = {f"±({gap} + k), {n} each": (gap, n) for n, gaps in ((8, (1.0, 1.5, 2.0)), (4, (0.5, 1.0))) for gap in gaps}
 
 
-def gram_matrices(model, names, token_ids):
-    sums, handles = {}, []
-
-    def watch(name):
-        def add(_module, arguments):
-            rows, first = arguments[0].flatten(0, 1), arguments[0][:, 0]
-            sums[name] = sums.get(name, 0) + rows.T @ rows + (FIRST - 1) * first.T @ first
-
-        return add
-
-    for name in names:
-        handles.append(model.get_submodule(name).register_forward_pre_hook(watch(name)))
-    with torch.inference_mode():
-        for part in token_ids.split(4):
-            model(part, use_cache=False, logits_to_keep=1)
-    for handle in handles:
-        handle.remove()
-    return sums
+def products(inputs):
+    rows, first = inputs.flatten(0, 1), inputs[:, 0]
+    return rows.T @ rows + (FIRST - 1) * first.T @ first
 
 
 def error(problem, scaled):
@@ -190,7 +176,7 @@ def main():
     names = [f"{base.blocks[options.block].name}.{layer}" for layer in options.layers]
     token_ids = torch.from_numpy(calibration.token_ids)
     with torch.inference_mode():
-        for name, gram in gram_matrices(model, names, token_ids).items():
+        for name, gram in summed_inputs(model, names, token_ids, products).items():
             weight = model.get_parameter(f"{name}.weight").data
             statistics = InputStatistics(gram.diagonal().clone(), token_ids.numel(), gram)
             print(f"{name} {list(weight.shape)}", flush=True)

@@ -1,0 +1,23 @@
+"""Sums over what some linears of a model receive."""
+
+import torch
+
+
+def summed_inputs(model, names, token_ids, what):
+    """Run text [samples, length] through a model; return {name: sum of what(inputs [batch, length, features])}."""
+    sums, handles = {}, []
+
+    def watch(name):
+        def add(_module, arguments):
+            sums[name] = sums.get(name, 0) + what(arguments[0].detach())
+
+        return add
+
+    for name in names:
+        handles.append(model.get_submodule(name).register_forward_pre_hook(watch(name)))
+    with torch.inference_mode():
+        for part in token_ids.split(4):
+            model(part, use_cache=False, logits_to_keep=1)
+    for handle in handles:
+        handle.remove()
+    return sums
