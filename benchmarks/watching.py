@@ -15,9 +15,11 @@ def summed_inputs(model, names, token_ids, what):
 
     for name in names:
         handles.append(model.get_submodule(name).register_forward_pre_hook(watch(name)))
-    with torch.inference_mode():
-        for part in token_ids.split(4):
-            model(part, use_cache=False, logits_to_keep=1)
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.inference_mode():
+            for part in token_ids.split(4):
+                model(part, use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
     return sums

@@ -1,6 +1,5 @@
 """Passes that stand still where linears receive an input."""
 
-import gc
 import weakref
 
 import pytest
@@ -144,11 +143,9 @@ def test_an_abandoned_pass_lets_go_of_its_tensors():
     with Stepper(block, GROUPS) as stepper:
         waiting = stepper.begin(lambda: block(batch()))
         hidden = weakref.ref(waiting.advance(1))
-        gc.collect()
         assert hidden() is not None
         waiting.abandon()
         del waiting
-        gc.collect()
         assert hidden() is None
 
 
@@ -174,6 +171,56 @@ def test_passes_that_differ_are_an_error():
         for block.mood, message in messages.items():
             with pytest.raises(ModelError, match=message):
                 stepper.begin(lambda: block(batch())).advance(1)
+
+
+def test_a_linear_that_is_called_again_with_another_input_ends_its_group():
+    class Again(Feedforward):
+        def forward(self, x):
+            y = self.gate(x).relu()[..., :8]
+            return self.down(self.gate(y) * self.up(y))
+
+    block, x = Again(), batch()
+    groups = groups_by_input(block, LINEARS, lambda: block(x))
+    assert groups == (("gate",), ("up",), ("down",))
+    with Stepper(block, groups) as stepper:
+        waiting = stepper.begin(lambda: block(x))
+        assert [tuple(waiting.advance(stage).shape) for stage in range(3)] == [(2, 5, 8), (2, 5, 8), (2, 5, 20)]
+        assert torch.equal(waiting.finish(), block(x))
+
+
+def test_a_pass_does_not_go_back():
+    block, x = Feedforward(), batch()
+    with Stepper(block, GROUPS) as stepper:
+        waiting = stepper.begin(lambda: block(x))
+        waiting.advance(0)
+        with pytest.raises(AssertionError):
+            waiting.advance(0)
+        waiting.abandon()
+
+
+def test_a_mode_that_a_block_opens_is_refused_and_closed():
+    class Careful(Feedforward):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    block = Careful()
+    with Stepper(block, GROUPS) as stepper:
+        waiting = stepper.begin(lambda: block(batch()))
+        with pytest.raises(ModelError, match="gate runs in a mode of torch, such as autocast, that its block opens"):
+            waiting.advance(0)
+        waiting.abandon()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_an_input_by_keyword_is_an_error():
+    class Keyword(Feedforward):
+        def forward(self, x):
+            return self.gate(input=x)
+
+    block = Keyword()
+    with pytest.raises(ModelError, match="gate receives its input by keyword"):
+        groups_by_input(block, LINEARS, lambda: block(batch()))
 
 
 def test_a_linear_that_is_used_again_stops_nothing():

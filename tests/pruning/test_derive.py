@@ -104,7 +104,8 @@ def forecast_of(base, tmp_path):
     from secateur.pruning.job import forecast_job
 
     recipe = make_recipe({"for": "python", "method": "wanda", "sequence_length": 48})
-    found = forecast_job(Base.open(ModelFolder(base, "tiny")), recipe, 5 * 48, None, 1, tmp_path / "out.partial")
+    opened, folder = Base.open(ModelFolder(base, "tiny")), tmp_path / "out.partial"
+    found = forecast_job(opened, recipe, 5 * 48, None, 1, folder, device=torch.device("cpu"))
     return found.working_memory, found.activations
 
 

@@ -3,11 +3,15 @@
 A method that changes the weights of a block in stages needs the inputs of the first ones, then those that the next ones
 receive behind the changed ones, and so on. A pass that waits in between computes nothing twice. It runs in a greenlet:
 a stack of its own in the same thread, so that what is on it stays where it is while another one runs.
+
+Modes of torch belong to the thread. Those of the caller, such as `inference_mode`, are to be the same whenever a pass
+goes on; one that a block opens around a linear would stay open while the pass waits, and is refused.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
@@ -27,17 +31,19 @@ def groups_by_input(block: nn.Module, linears: tuple[str, ...], run: Callable[[]
         When one is never reached.
     """
     groups: list[list[str]] = []
-    last: Tensor | None = None
+    received: Tensor | None = None  # by the group that is open
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            nonlocal last
-            is_new, last = arguments[0] is not last, arguments[0]
-            if any(name in group for group in groups):
-                return
-            if is_new or not groups:
-                groups.append([])
-            groups[-1].append(name)
+            nonlocal received
+            inputs = _input_of(name, arguments)
+            is_grouped = any(name in group for group in groups)
+            if inputs is not received:  # another input ends the group, also that of a linear that is called again
+                received = None if is_grouped else inputs
+                if not is_grouped:
+                    groups.append([])
+            if not is_grouped:
+                groups[-1].append(name)
 
         return note
 
@@ -74,7 +80,7 @@ class Stepper:
         self._handles = []
 
     def begin(self, forward: Callable[[], Tensor]) -> "SteppedPass":
-        """Return a pass that has not started; modes such as `inference_mode` are those of whom it is advanced by."""
+        """Return a pass that has not started."""
         return SteppedPass(forward, self._groups)
 
 
@@ -100,18 +106,30 @@ class SteppedPass(greenlet):
         factor
             What the input at which the pass stands is multiplied with before the linears of its group receive it, one
             for each feature.
+
+        Raises
+        ------
+        ModelError
+            When the pass differs from that which told the groups, or a mode of torch is open around a linear.
         """
-        self._goal = stage
-        found: Tensor = self.switch(factor) if self._inputs is not None else self.switch()
+        assert stage > self._stage  # noqa: S101 - a pass does not go back
+        modes = _modes()
+        found = self._go_on(stage, factor)
+        name = self._groups[stage][0]
         if self.dead:
-            raise ModelError(f"{self._groups[stage][0]} received an input in one batch but not in another")
+            raise ModelError(f"{name} received an input in one batch but not in another")
+        if _modes() != modes:
+            raise ModelError(f"{name} runs in a mode of torch, such as autocast, that its block opens; not supported")
         return found
 
     def finish(self, factor: Tensor | None = None) -> Tensor:
         """Go on to the end, and return the output."""
-        self._goal = len(self._groups)
-        output: Tensor = self.switch(factor) if self._inputs is not None else self.switch()
-        return output
+        return self._go_on(len(self._groups), factor)
+
+    def _go_on(self, stage: int, factor: Tensor | None) -> Tensor:
+        self._goal = stage
+        found: Tensor = self.switch(factor) if self._inputs is not None else self.switch()
+        return found
 
     def abandon(self) -> None:
         """End a pass that will not go on, and let go of what it holds."""
@@ -120,8 +138,7 @@ class SteppedPass(greenlet):
 
     def reach(self, name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Stand still, perhaps, before a linear; return its changed arguments, or None where they stay."""
-        inputs: Tensor = arguments[0]
-        stage = self._stage_of[name]
+        inputs, stage = _input_of(name, arguments), self._stage_of[name]
         again = name in self._reached
         self._reached.add(name)
         if stage > self._stage:
@@ -146,3 +163,15 @@ def _reach(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] 
         return current.reach(name, arguments) if isinstance(current, SteppedPass) else None
 
     return watch
+
+
+def _input_of(name: str, arguments: tuple[Any, ...]) -> Tensor:
+    if not arguments:
+        raise ModelError(f"{name} receives its input by keyword; not supported")
+    found: Tensor = arguments[0]
+    return found
+
+
+def _modes() -> tuple[bool, ...]:
+    kinds = ("cpu", "cuda")
+    return (torch.is_inference_mode_enabled(), torch.is_grad_enabled(), *map(torch.is_autocast_enabled, kinds))

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from secateur.models.structure import Block, embedding_weights
-from secateur.pruning.divergence import POSITIONS, TOKENS
+from secateur.pruning.divergence import POSITIONS, TOKENS, parts
 from secateur.pruning.recovery import sequences_together
 
 # Activations inside one block, in multiples of one batch of [tokens, intermediate_size] and [tokens, hidden_size].
 INTERMEDIATE_COPIES, HIDDEN_COPIES = 4, 8
-# What a pass holds while it stands still in a block, in multiples of [tokens, hidden_size] and of the wider of the MLP
-# and of queries, keys and values together.
-WAITING_HIDDEN, ATTENTION_HIDDEN = 3, 3
+# Of a pass that stands still in a block, in multiples of [tokens, hidden_size]: residual, norm and attention's output.
+WAITING_HIDDEN = 3
 # Of a layer's problem, in multiples of its Gram matrix and of its weight in float32; the factors are in float64.
 GRAM_COPIES, WEIGHT_COPIES, FLOAT_BYTES = 12, 8, 4
 # Of logits, in multiples of those that are compared: the parent's, two of the pruned model, and what is in float32.
@@ -56,8 +55,8 @@ class Demand:
         Whether the method needs the Gram matrices of the inputs.
     streams
         2 when the calibration set runs through the dense model too.
-    waiting
-        Length of the sequences whose passes could stand still in a block at each stage of it; 0 where there are none.
+    waiting_length
+        Length of the sequences whose passes can stand still in a block at each stage of it; 0 where none do.
     recovering
         Length of the sequences that the pruned model learns from; 0 when it does not.
     measuring
@@ -79,7 +78,7 @@ class Demand:
     trimmed: bool = False
     gram: bool = False
     streams: int = 1
-    waiting: int = 0
+    waiting_length: int = 0
     recovering: int = 0
     measuring: bool = False
     sizing: bool = False
@@ -101,16 +100,19 @@ class Demand:
             working += max(self._gram(block) for block in self.blocks)
         return max(working, self._reordering())
 
-    def passes(self) -> int:
-        """Return what all passes through a block hold if they stand still at its stages; 0 where they do not."""
-        if not self.waiting:
+    def batches(self) -> int:
+        """Return the number of passes through a block, of one stream."""
+        return -(-self.tokens // self.batch_tokens) if self.tokens else 0
+
+    def waiting(self) -> int:
+        """Return what a batch's passes hold while they stand still at the widest stage of a block; 0 where none do."""
+        if not self.waiting_length:
             return 0
-        hidden, intermediate = self._widths()
-        features = WAITING_HIDDEN * hidden + max(intermediate, ATTENTION_HIDDEN * hidden)
+        features = max(map(self._waiting_features, self.blocks))
         if self._is_eager():  # attention that gives its probabilities, which wait too
             config = self.model.config.get_text_config(decoder=True)
-            features += self.waiting * config.num_attention_heads
-        return self.streams * self.tokens * features * self.itemsize
+            features += self.waiting_length * config.num_attention_heads
+        return self.streams * min(self.batch_tokens, self.tokens) * features * self.itemsize
 
     def recovery(self) -> int:
         """Return what the model, its parent, the optimiser and one step of recovery take; 0 without it."""
@@ -175,6 +177,27 @@ class Demand:
         """Return the entries of embedding and head, a tied one counted once."""
         matrices = map(self.model.get_parameter, embedding_weights(self.model))
         return sum({id(one): one.numel() for one in matrices}.values())
+
+    def _waiting_features(self, block: Block) -> int:
+        """Return how many values a token takes at the widest stage: before the last linear of attention or of the MLP.
+
+        There are the input of that linear and what others have put out and is still referred to: queries, keys and
+        values; outputs that are one tensor for several, which the parts keep whole.
+        """
+        hidden, _ = self._widths()
+        attention, *others = parts(block)
+        inputs, outputs, fused = self._widths_within(block, attention)
+        widest = inputs + outputs + fused
+        for linears in others or [attention]:
+            inputs, _, fused = self._widths_within(block, linears)
+            widest = max(widest, inputs + fused)
+        return WAITING_HIDDEN * hidden + widest
+
+    def _widths_within(self, block: Block, linears: tuple[str, ...]) -> tuple[int, int, int]:
+        """Return the inputs of the last of some linears, and the outputs of the others, all and those of fused ones."""
+        shapes = [self.model.get_parameter(block.weight_name(linear)).shape for linear in linears]
+        inputs, before = shapes[-1][1], [shape[0] for shape in shapes[:-1]]
+        return inputs, sum(before), sum(outputs for outputs in before if outputs > inputs)
 
     def _gram(self, block: Block) -> int:
         """Return what the Gram matrices of a block take, as if no weights shared one, and solving the largest."""

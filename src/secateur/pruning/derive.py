@@ -238,7 +238,8 @@ def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -
         return finished
     device, threads = execution.torch_device, execution.n_threads
     texts.check(base.model)
-    forecast_job(base, recipe, texts.calibration.token_ids.size, texts.recovery, threads, search_folder(output))
+    tokens, folder = texts.calibration.token_ids.size, search_folder(output)
+    forecast_job(base, recipe, tokens, texts.recovery, threads, folder, device=device)
     unseen = unseen_text(texts, load_tokenizer(base.folder), execution.data)
     plan = _plan(base, recipe, texts, None, execution)
     asked = {key: one for key, one in plan.items() if not key.startswith("run_")} | {
@@ -254,7 +255,8 @@ def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -
     with open_trials(output, asked, resume=execution.resume) as trials:
         with limited_threads(threads):
             footprint, say = Footprint.of(base, base.stored_names()), execution.announce or (lambda _: None)
-            best = Search(trials, recipe, quality, judge, footprint, one, say).run()
+            search = Search(trials, recipe, quality=quality, judge=judge, footprint=footprint, derive=one, say=say)
+            best = search.run()
         log = trials.publish(best)
     return SubModel(output, read_json(output / MANIFEST), log)
 
@@ -272,7 +274,7 @@ def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> S
         check_finished(target, _plan(base, recipe, texts, shortlist, execution))
         return SubModel(target, read_json(target / MANIFEST), {})
     tokens, threads = texts.calibration.token_ids.size, execution.n_threads
-    forecast = forecast_job(base, recipe, tokens, texts.recovery, threads, partial_folder(target))
+    forecast = forecast_job(base, recipe, tokens, texts.recovery, threads, partial_folder(target), device=device)
     if execution.announce is not None:
         execution.announce(forecast.describe())
     plan = _plan(base, recipe, texts, shortlist, execution)

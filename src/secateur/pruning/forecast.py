@@ -27,8 +27,8 @@ class Forecast:
         The inputs of the current block for the whole calibration set.
     working_memory
         Everything else that is in memory at once: one block's weights, scores and packed values, and one batch.
-    passes
-        What all passes through a block hold beside that while they stand still at its stages, if they do.
+    waiting
+        What passes hold beside that while they stand still at the stages of a block, those of `waiting_batches`.
     budget
         What the whole model takes while a budget, a quality or a size is measured, before all of that; 0 if none is.
     recovery
@@ -39,27 +39,26 @@ class Forecast:
         What the machine has at this moment.
     map_activations
         Whether the activations go to a mapped file in the output folder.
-    keep_passes
-        Whether there is room for passes that stand still; without they are run again at each stage.
+    waiting_batches
+        For how many batches there is room then; the passes of the others are run again at each stage.
     """
 
     activations: int
     working_memory: int
-    passes: int
+    waiting: int
     budget: int
     recovery: int
     disk: int
     available_memory: int
     available_disk: int
     map_activations: bool
-    keep_passes: bool
+    waiting_batches: int
 
     def describe(self) -> str:
         """Return the forecast in one line."""
         where = "in a mapped file" if self.map_activations else "in memory"
         pruning = self.working_memory + (0 if self.map_activations else self.activations)
-        pruning += self.passes if self.keep_passes else 0
-        needed = max(pruning, self.budget, self.recovery)
+        needed = max(pruning + self.waiting, self.budget, self.recovery)
         return (
             f"needs about {_size(needed)} of {_size(self.available_memory)} free memory "
             f"(activations {_size(self.activations)}, {where}) "
@@ -86,7 +85,9 @@ def make_forecast(demand: Demand, output: Path) -> Forecast:
     activations, working, budget, recovery = demand.activations(), demand.pruning(), demand.budget(), demand.recovery()
     memory, free_disk = available_memory(), shutil.disk_usage(_existing_parent(output)).free
     map_activations = activations + working > MEMORY_SHARE * memory
-    keep_passes = activations + working + demand.passes() <= MEMORY_SHARE * memory
+    waiting = demand.waiting()
+    room = MEMORY_SHARE * memory - activations - working
+    waiting_batches = max(0, min(demand.batches(), int(room // waiting))) if waiting else 0
     written = [*output.glob("*.safetensors"), *(output / PRUNED).glob("*.safetensors"), *output.glob(RECOVERY)]
     disk = demand.disk() + map_activations * activations - sum(path.stat().st_size for path in written)
     if budget > MEMORY_SHARE * memory:
@@ -112,16 +113,16 @@ def make_forecast(demand: Demand, output: Path) -> Forecast:
             f"{str(output.parent)!r}: make room or name another output{fewer}"
         )
     return Forecast(
-        activations,
-        working,
-        demand.passes(),
-        budget,
-        recovery,
-        disk,
-        memory,
-        free_disk,
-        map_activations,
-        keep_passes,
+        activations=activations,
+        working_memory=working,
+        waiting=waiting_batches * waiting,
+        budget=budget,
+        recovery=recovery,
+        disk=disk,
+        available_memory=memory,
+        available_disk=free_disk,
+        map_activations=map_activations,
+        waiting_batches=waiting_batches,
     )
 
 

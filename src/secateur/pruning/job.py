@@ -71,6 +71,7 @@ def forecast_job(  # noqa: PLR0917
     threads: int,
     workspace: Path,
     *,
+    device: torch.device,
     sizing: bool = False,
 ) -> Forecast:
     """Forecast a derivation from headers alone; raises `ResourceError` when it cannot fit.
@@ -93,7 +94,8 @@ def forecast_job(  # noqa: PLR0917
         trimmed=recipe.trim_vocabulary,
         gram=METHODS.get(recipe.method).needs_gram,
         streams=2 if follows_parent(recipe) else 1,
-        waiting=recipe.sequence_length if in_stages(recipe) else 0,
+        # What an accelerator has is not looked at: there passes are run again.
+        waiting_length=recipe.sequence_length if in_stages(recipe) and device.type == "cpu" else 0,
         recovering=0 if recovery is None else recovery.sequence_length,
         measuring=measures(recipe) or recipe.keep_quality is not None,
         sizing=sizing,
@@ -238,8 +240,7 @@ class Job:
             lambda block: self._shard(folder, block),
             self._embed(timings) if needs_data else None,
             self.device,
-            # What the forecast knows is the memory of the host.
-            self.forecast.keep_passes and self.device.type == "cpu",
+            self.forecast.waiting_batches,
         )
 
     def _shard(self, folder: Path, block: Block) -> Path:

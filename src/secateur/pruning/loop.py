@@ -32,7 +32,7 @@ from secateur.pruning.activations import Activations
 from secateur.pruning.equalise import Inputs, Source, find_source
 from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
-from secateur.pruning.passes import Course, NoPasses, Passes, StagedPasses, WholePasses, in_stages
+from secateur.pruning.passes import Feed, NoPasses, Passes, StagedPasses, WholePasses, in_stages
 from secateur.pruning.weight import encoding_of, is_unmasked, prune_weight
 
 Progress = Callable[[str, int, int], None]
@@ -52,8 +52,8 @@ class BlockRun:
         Gives the file of a block's shard.
     activations
         None when the method needs no statistics.
-    keep_passes
-        Whether there is memory for all passes through a block while they wait.
+    waiting_batches
+        For how many batches there is memory while their passes wait in a block.
     sources
         What produces the input that linears share, by the type of the block and their names.
     """
@@ -67,7 +67,7 @@ class BlockRun:
     shard: Callable[[Block], Path]
     activations: Activations | None
     device: torch.device
-    keep_passes: bool = True
+    waiting_batches: int
     sources: dict[tuple[Any, ...], Source | None] = field(default_factory=dict)
 
 
@@ -106,10 +106,10 @@ def _prune_block(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> No
                     shared.quieten_source(block, module, packed, others)
                     if shared.exponents is not None:
                         passes.quieten(shared.exponents)
-            del statistics, inputs
+            del statistics, inputs, shared  # Gram matrices are large
         with timer("write"):
             write_block_shard(path, packed, others)
-        with timer("propagate"):
+        with timer("propagate"), _naming(block):
             passes.finish()
     drop_parameters(module)
     release_freed_memory()
@@ -127,9 +127,9 @@ def _load_block(run: BlockRun, block: Block, module: nn.Module) -> dict[str, Ten
     return originals
 
 
-def _course(run: BlockRun, block: Block, module: nn.Module) -> Course:
+def _feed(run: BlockRun, block: Block, module: nn.Module) -> Feed:
     assert run.activations is not None  # noqa: S101 - there are statistics, or a block to be run again
-    return Course(
+    return Feed(
         module,
         block.prunable,
         run.activations,
@@ -145,12 +145,14 @@ def _passes(run: BlockRun, block: Block, module: nn.Module, originals: Mapping[s
     """Return how the calibration set runs through a block; stage by stage where methods change what they keep."""
     if run.activations is None:
         return NoPasses(block.prunable)
-    course = _course(run, block, module)
+    feed = _feed(run, block, module)
     if not in_stages(run.recipe):
-        return WholePasses(course, propagate=run.recipe.propagate)
-    dtype = module.get_parameter(f"{block.prunable[0]}.weight").dtype
-    dense = {name.removeprefix(f"{block.name}."): one.to(run.device, dtype) for name, one in originals.items()}
-    return StagedPasses(course, dense, keep=run.keep_passes)
+        return WholePasses(feed, propagate=run.recipe.propagate)
+    dense = {}
+    if feed.activations.parent is not None:
+        dtype = module.get_parameter(f"{block.prunable[0]}.weight").dtype
+        dense = {name.removeprefix(f"{block.name}."): one.to(run.device, dtype) for name, one in originals.items()}
+    return StagedPasses(feed, dense, waiting=run.waiting_batches)
 
 
 @contextmanager
@@ -177,7 +179,7 @@ def _shared_inputs(
         for shared in map(statistics.__getitem__, linears)
     }
 
-    found, probe = [], _course(run, block, module).probe
+    found, probe = [], _feed(run, block, module).probe
     for group in groups.values():
         key = (type(module), group)
         if key not in run.sources:
@@ -224,16 +226,16 @@ def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
         tensors = read_shard(path, Stored(StoredWeights(run.encoding, shapes), unmasked=unmasked), dtype)
         if run.activations is None:
             return
-        course = _course(run, block, module)
+        feed = _feed(run, block, module)
         if run.activations.parent is not None:
             _load_block(run, block, module)
-            course.propagate_parent()
+            feed.propagate_parent()
         if run.recipe.propagate:
             prefix = len(block.name) + 1
             set_parameters(module, {name[prefix:]: t.to(run.device, dtype) for name, t in tensors.items()})
         else:
             _load_block(run, block, module)
-        course.propagate()
+        feed.propagate()
     drop_parameters(module)
 
 

@@ -6,10 +6,10 @@ is looked at, so that these see what the pruned ones put out, and the same pass 
 the input was there. A pass stands still at each stage and is not run again, where memory allows to keep all of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def in_stages(recipe: Recipe) -> bool:
 
 
 @dataclass(frozen=True)
-class Course:
+class Feed:
     """One block and what runs through it.
 
     Attributes
@@ -68,20 +68,18 @@ class Course:
 
     def propagate(self) -> None:
         """Replace the activations by the outputs of the block as it is now, unless nobody needs them."""
-        if self.is_last:
-            return
-        with torch.inference_mode():
-            for batch, hidden, _ in self.activations.batches():
-                hidden.copy_(self.forward(hidden, batch))
+        self._replace(hidden for _, hidden, _ in self.activations.batches())
 
     def propagate_parent(self) -> None:
         """Replace the parent's activations, if there are any, by the outputs of the block as it is now."""
+        self._replace(parent for _, _, parent in self.activations.batches() if parent is not None)
+
+    def _replace(self, batches: Iterable[Tensor]) -> None:
         if self.is_last:
             return
         with torch.inference_mode():
-            for batch, _, parent in self.activations.batches():
-                if parent is not None:
-                    parent.copy_(self.forward(parent, batch))
+            for batch, hidden in enumerate(batches):
+                hidden.copy_(self.forward(hidden, batch))
 
 
 class Passes(Protocol):
@@ -135,34 +133,42 @@ class NoPasses:
         """Do nothing."""
 
 
-class WholePasses(NoPasses):
+class WholePasses:
     """One pass for the statistics of all linears, and one behind the pruned weights, unless they are not propagated."""
 
-    def __init__(self, course: Course, *, propagate: bool) -> None:
-        super().__init__(course.linears)
-        self._course, self._propagate = course, propagate
+    def __init__(self, feed: Feed, *, propagate: bool) -> None:
+        self._feed, self._propagate = feed, propagate
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stages(self) -> Groups:
+        """Return one stage of all linears."""
+        return (self._feed.linears,)
 
     def collect(self, stage: int) -> Mapping[str, InputStatistics]:
         """Return the statistics of all."""
-        course = self._course
+        feed = self._feed
         collector = StatisticsCollector(
-            course.module,
-            course.linears,
-            stop_early=self._propagate,
-            gram=course.gram,
-            first_weight=course.first_weight,
+            feed.module, feed.linears, stop_early=self._propagate, gram=feed.gram, first_weight=feed.first_weight
         )
         with collector, torch.inference_mode():
-            for batch, hidden, _ in course.activations.batches():
-                output = collector.run(lambda: course.forward(hidden, batch))  # noqa: B023 - called at once
+            for batch, hidden, _ in feed.activations.batches():
+                output = collector.run(lambda: feed.forward(hidden, batch))  # noqa: B023 - called at once
                 if not self._propagate:
                     hidden.copy_(output)
         return collector.results()
 
+    def quieten(self, exponents: Tensor) -> None:
+        """Do nothing: what follows runs behind what produces the inputs."""
+
     def finish(self) -> None:
         """Run the pruned block."""
         if self._propagate:
-            self._course.propagate()
+            self._feed.propagate()
 
 
 class StagedPasses:
@@ -170,12 +176,13 @@ class StagedPasses:
 
     Parameters
     ----------
-    course
+    feed
         The block, still dense.
     dense
-        The parent's parameters, by their names within the block.
-    keep
-        Whether passes wait for the next stage. If not, they are run again from the start, which gives the same.
+        The parent's parameters, by their names within the block; empty where the parent does not run.
+    waiting
+        How many batches' passes wait for the next stage. Those of the others are run again from the start, which gives
+        the same.
 
     Raises
     ------
@@ -183,23 +190,24 @@ class StagedPasses:
         When a linear receives no input.
     """
 
-    def __init__(self, course: Course, dense: dict[str, Tensor], *, keep: bool) -> None:
-        self._course, self._dense, self._keep = course, dense, keep
-        self._groups = groups_by_input(course.module, course.linears, course.probe)
-        self._stepper = Stepper(course.module, self._groups)
-        self._pupils: dict[int, SteppedPass] = {}
-        self._parents: dict[int, SteppedPass] = {}
-        self._factor: Tensor | None = None
+    def __init__(self, feed: Feed, dense: dict[str, Tensor], *, waiting: int) -> None:
+        self._feed, self._dense, self._waiting = feed, dense, waiting
+        self._groups = groups_by_input(feed.module, feed.linears, feed.probe)
+        self._stepper = Stepper(feed.module, self._groups)
+        self._ours: dict[int, SteppedPass] = {}
+        self._theirs: dict[int, SteppedPass] = {}  # the parent's
+        self._factor: Tensor | None = None  # of the inputs at which passes wait
+        self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        self._stepper.__enter__()
+        with ExitStack() as stack:
+            stack.enter_context(self._stepper)
+            stack.callback(self._forget_all)
+            self._open = stack.pop_all()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        for passes in (self._pupils, self._parents):
-            while passes:
-                passes.popitem()[1].abandon()
-        self._stepper.__exit__(*exception)
+    def __exit__(self, *exception: Any) -> None:
+        self._open.__exit__(*exception)
 
     def stages(self) -> Groups:
         """Return the linears by the input that they share."""
@@ -207,66 +215,70 @@ class StagedPasses:
 
     def collect(self, stage: int) -> Mapping[str, InputStatistics]:
         """Return the statistics of one input."""
-        course, linears = self._course, self._groups[stage]
-        weights = [self._dense[f"{linear}.weight"] for linear in linears]
-        total = InputSum(weights[0].shape[1], course.device, gram=course.gram, first_weight=course.first_weight)
-        for batch, hidden, parent in course.activations.batches():
-            theirs = None if parent is None else ParentInputs.of(self._parent_at(stage, batch, parent), weights)
+        feed, linears = self._feed, self._groups[stage]
+        in_features = feed.module.get_parameter(f"{linears[0]}.weight").shape[1]
+        total = InputSum(in_features, feed.device, gram=feed.gram, first_weight=feed.first_weight)
+        for batch, hidden, parent in feed.activations.batches():
+            theirs = None if parent is None else self._parent_inputs(stage, batch, parent)
             with torch.inference_mode():
-                ours = self._advance(self._pupils, hidden, batch, lambda one: one.advance(stage, self._factor))
-                total.add(ours, theirs)
-            del ours, theirs
+                total.add(self._advanced(self._ours, hidden, batch, stage), theirs)
+            del theirs
             if parent is not None and stage == len(self._groups) - 1:
                 self._finish_parent(batch, parent)
-            if not self._keep:
+            if batch >= self._waiting:
                 self._forget(batch)
         self._factor = None
         return dict.fromkeys(linears, total.result(linears[0]))
 
     def quieten(self, exponents: Tensor) -> None:
         """Note it for passes that wait with an input that was produced before; others run behind what produces it."""
-        if self._keep:
-            self._factor = torch.exp2(-exponents.float())
+        self._factor = torch.exp2(-exponents.float())
 
     def finish(self) -> None:
         """Let all passes go on to their ends."""
-        if self._course.is_last:
+        if self._feed.is_last:
             return
         with torch.inference_mode():
-            for batch, hidden, _ in self._course.activations.batches():
-                hidden.copy_(self._advance(self._pupils, hidden, batch, lambda one: one.finish(self._factor)))
-                del self._pupils[batch]
+            for batch, hidden, _ in self._feed.activations.batches():
+                waiting = self._ours.pop(batch, None)
+                hidden.copy_(self._feed.forward(hidden, batch) if waiting is None else waiting.finish(self._factor))
 
-    def _parent_at(self, stage: int, batch: int, parent: Tensor) -> Tensor:
+    def _advanced(self, passes: dict[int, SteppedPass], hidden: Tensor, batch: int, stage: int) -> Tensor:
+        """Return the input of a stage's linears in one batch."""
+        waiting = passes.get(batch)
+        if waiting is not None:
+            return waiting.advance(stage, self._factor if passes is self._ours else None)
+        passes[batch] = self._stepper.begin(lambda: self._feed.forward(hidden, batch))
+        return passes[batch].advance(stage)
+
+    def _parent_inputs(self, stage: int, batch: int, parent: Tensor) -> ParentInputs:
         with self._dense_weights(), torch.inference_mode():
-            return self._advance(self._parents, parent, batch, lambda one: one.advance(stage))
+            inputs = self._advanced(self._theirs, parent, batch, stage)
+        return ParentInputs.of(inputs, [self._dense[f"{linear}.weight"] for linear in self._groups[stage]])
 
     def _finish_parent(self, batch: int, parent: Tensor) -> None:
-        ending = self._parents.pop(batch)
-        if self._course.is_last:
+        ending = self._theirs.pop(batch)
+        if self._feed.is_last:
             ending.abandon()
             return
         with self._dense_weights(), torch.inference_mode():
             parent.copy_(ending.finish())
 
-    def _advance(
-        self, passes: dict[int, SteppedPass], hidden: Tensor, batch: int, go: Callable[[SteppedPass], Tensor]
-    ) -> Tensor:
-        if batch not in passes:
-            passes[batch] = self._stepper.begin(lambda: self._course.forward(hidden, batch))
-        return go(passes[batch])
-
     def _forget(self, batch: int) -> None:
-        for passes in (self._pupils, self._parents):
+        for passes in (self._ours, self._theirs):
             if batch in passes:
                 passes.pop(batch).abandon()
+
+    def _forget_all(self) -> None:
+        for batch in {*self._ours, *self._theirs}:
+            self._forget(batch)
 
     @contextmanager
     def _dense_weights(self) -> Iterator[None]:
         """While it is open the block has the parent's parameters."""
-        own = {name: parameter.data for name, parameter in self._course.module.named_parameters()}
-        set_parameters(self._course.module, self._dense)
+        own = {name: parameter.data for name, parameter in self._feed.module.named_parameters()}
+        set_parameters(self._feed.module, self._dense)
         try:
             yield
         finally:
-            set_parameters(self._course.module, own)
+            set_parameters(self._feed.module, own)

@@ -124,26 +124,27 @@ class Search:
         if self.trials.nats is None:
             self.trials.nats = self.judge.parent()
             self.trials.save()
-        allowed = allowed_loss(self.trials.nats, self.quality)
+        nats = self.trials.nats
+        allowed = allowed_loss(nats, self.quality)
         for values in _KINDS if "values" in searched(self.recipe) else (self.recipe.values,):
-            for embedding in self._embeddings(values, allowed):
-                if (best := self._best(values, embedding, allowed)) is not None:
+            for embedding in self._embeddings(values, nats, allowed):
+                if (best := self._best(values, embedding, nats, allowed)) is not None:
                     return best
         self.trials.keep_only(None)
         most = min(self.trials.done, key=lambda trial: trial.loss)
         raise ConfigError(
             f"a quality of {self.quality} cannot be kept: {_described(most.values, most.embedding, most.sparsity)} "
-            f"keeps {kept(self.trials.nats, most.loss):.4f}; ask for less with --resume, which uses what was measured, "
+            f"keeps {kept(nats, most.loss):.4f}; ask for less with --resume, which uses what was measured, "
             f"or delete {str(self.trials.folder)!r}"
         )
 
-    def _embeddings(self, values: Values, allowed: float) -> tuple[EmbeddingValues, ...]:
+    def _embeddings(self, values: Values, nats: float, allowed: float) -> tuple[EmbeddingValues, ...]:
         """Return the values of embedding and head to try beside some of the weights, one after the other."""
         recipe, trials = self.recipe, self.trials
         if "embedding_values" in recipe.model_fields_set or values == "base":
             return (recipe.embedding_values,)
         if trials.small_embedding is None:
-            trials.small_embedding = self.judge.small_embedding() - (trials.nats or 0.0)
+            trials.small_embedding = self.judge.small_embedding() - nats
             trials.save()
         kinds: tuple[EmbeddingValues, ...] = ("int4", "int8")
         small, large = (
@@ -152,9 +153,9 @@ class Search:
         pays = small_embedding_pays(trials.small_embedding, allowed, large - small, self.footprint, values)
         return kinds if pays else kinds[1:]
 
-    def _best(self, values: Values, embedding: EmbeddingValues, allowed: float) -> Trial | None:
+    def _best(self, values: Values, embedding: EmbeddingValues, nats: float, allowed: float) -> Trial | None:
         """Try sparsities with these values until there is nothing to gain; return the best trial that is good."""
-        trials, nats = self.trials, self.trials.nats or 0.0
+        trials = self.trials
         while (sparsity := propose(trials.of(values, embedding), values, allowed)) is not None:
             loss = self.judge.submodel(self._derived(values, embedding, sparsity)) - nats
             trials.done.append(Trial(values, sparsity, loss, embedding))

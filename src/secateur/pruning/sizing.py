@@ -48,7 +48,8 @@ def best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts,
 def _measured(base: Base, sized: tuple[Recipe, ...], texts: Texts, execution: Execution) -> Prices:
     texts.check(base.model)
     token_ids, threads = texts.calibration.token_ids, execution.n_threads
-    forecast_job(base, sized[-1], token_ids.size, None, threads, partial_folder(execution.target), sizing=True)
+    folder, device = partial_folder(execution.target), execution.torch_device
+    forecast_job(base, sized[-1], token_ids.size, None, threads, folder, device=device, sizing=True)
 
     def progress(done: int, total: int) -> None:
         execution.progress("size", done, total)
