@@ -1,6 +1,7 @@
 """Budgets: the formula against plain arithmetic, what it goes by against whole models, and derivations with it."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -8,21 +9,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from secateur.checkpoint.format import BUDGET
+from secateur.checkpoint.format import BUDGET, Encoding, check_quantization_config, read_json
 from secateur.errors import ConfigError, ModelError, ResourceError
 from secateur.models.structure import Block, find_blocks
-from secateur.pruning.budgets import BUDGETS, GROWTH, REACH
+from secateur.pruning.budgets import BUDGETS, GROWTH, REACH, share_that_is_pruned
 from secateur.pruning.divergence import measure_divergence, parts
 from secateur.pruning.masks import Target
-from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights
+from secateur.pruning.size import weight_bytes
+from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights, shards
 from tests.tiny import FAMILIES, OTHER_FAMILIES, save_tiny, tiny_model
 
 SHAPES = {"a.q": (300, 1000), "a.o": (700, 1000), "b": (2000, 500), "c": (1000, 4000)}
 
 
-def share(shapes, sparsity, divergence):
-    return BUDGETS.get("measured").function(shapes, sparsity, divergence)
+def size(shape, sparsity, values="int4"):
+    group_size = {"int4": 64, "int8": 128, "bf16": 0}[values]
+    return weight_bytes(shape, Encoding(values, group_size), 2, sparsity)
+
+
+def share(shapes, sparsity, divergence, budget="measured", size=size):
+    return BUDGETS.get(budget).function(shapes, sparsity, divergence, size)
+
+
+def bytes_of(shapes, found, size=size):
+    return sum(size(shapes[name], one) for name, one in found.items())
 
 
 def removed(shapes, found):
@@ -30,7 +42,7 @@ def removed(shapes, found):
 
 
 def test_uniform_gives_all_the_same():
-    assert BUDGETS.get("uniform").function({"a": (3, 1), "b": (1, 5)}, 0.3, {}) == {"a": 0.3, "b": 0.3}
+    assert share({"a": (3, 1), "b": (1, 5)}, 0.3, {}, "uniform") == {"a": 0.3, "b": 0.3}
 
 
 def test_measured_equals_the_formula():
@@ -76,6 +88,84 @@ def test_measured_is_uniform_where_nothing_is_lost(divergence):
 
 def test_nothing_is_removed_at_zero():
     assert share(SHAPES, 0.0, {("a.q", "a.o"): 0.1, ("b",): 0.2, ("c",): 0.3}) == dict.fromkeys(SHAPES, 0.0)
+
+
+ALIKE = {f"p{i}": (512, 4096) for i in range(12)}
+
+
+def total_loss(divergence, found, sparsity):
+    return sum(
+        d * math.exp(GROWTH * (found[names[0]] - sparsity)) for names, d in divergence.items() if found[names[0]]
+    )
+
+
+@pytest.mark.parametrize(("values", "sparsity"), [("int4", 0.3), ("int4", 0.37), ("int8", 0.2)])
+def test_packed_leaves_weights_whole_rather_than_removing_little(values, sparsity):
+    """With four bits 1/6 + 1/4 of a weight are removed or nothing, with eight 1/6 + 1/8."""
+
+    def cost(shape, sparsity):
+        return size(shape, sparsity, values)
+
+    divergence = {(name,): 0.01 for name in ALIKE}
+    found = share(ALIKE, sparsity, divergence, "packed", cost)
+    whole = [name for name, one in found.items() if one == 0]
+    least = 1 / 6 + {"int4": 1 / 4, "int8": 1 / 8}[values]
+    assert 0 < len(whole) < len(ALIKE)
+    assert min(one for one in found.values() if one) > least - 0.06  # what was left of the bytes goes to these
+    allowed = bytes_of(ALIKE, dict.fromkeys(ALIKE, sparsity), cost)
+    assert 0.995 * allowed <= bytes_of(ALIKE, found, cost) <= allowed
+    assert total_loss(divergence, found, sparsity) < 0.95 * sum(divergence.values())
+    pruned, reached = share_that_is_pruned(sparsity, {"int4": 4, "int8": 8}[values])
+    assert pruned == pytest.approx(1 - len(whole) / 12, abs=0.15)
+    assert reached == pytest.approx(least)
+
+
+def test_packed_leaves_those_whole_that_lose_most():
+    divergence = {(name,): 0.001 * 1.3**i for i, name in enumerate(ALIKE)}
+    found = list(share(ALIKE, 0.45, divergence, "packed").values())
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == 0 < found[0]
+    measured = share(ALIKE, 0.45, divergence)
+    assert total_loss(divergence, dict(zip(ALIKE, found, strict=True)), 0.45) < total_loss(divergence, measured, 0.45)
+
+
+def test_packed_is_near_the_best_of_all_choices():
+    """Enumerated: three parts, each whole or at one of many sparsities, with no more bytes."""
+    divergence = {("a.q", "a.o"): 0.02, ("b",): 0.011, ("c",): 0.09}
+    allowed = bytes_of(SHAPES, dict.fromkeys(SHAPES, 0.4))
+    grid = [0.0, *(0.2 + 0.01 * i for i in range(41))]
+
+    def spread(choice):
+        return {name: one for names, one in zip(divergence, choice, strict=True) for name in names}
+
+    choices = [spread(choice) for choice in itertools.product(grid, repeat=3)]
+    best = min(total_loss(divergence, one, 0.4) for one in choices if bytes_of(SHAPES, one) <= allowed)
+    found = share(SHAPES, 0.4, divergence, "packed")
+    assert bytes_of(SHAPES, found) <= allowed
+    assert total_loss(divergence, found, 0.4) <= 1.1 * best
+
+
+@given(
+    st.floats(0.01, 0.89),
+    st.lists(st.floats(0, 10), min_size=3, max_size=3),
+    st.sampled_from(["int4", "int8", "bf16"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_packed_takes_no_more_bytes_than_the_same_sparsity_everywhere(sparsity, losses, values):
+    def cost(shape, sparsity):
+        return size(shape, sparsity, values)
+
+    divergence = dict(zip([("a.q", "a.o"), ("b",), ("c",)], losses, strict=True))
+    found = share(SHAPES, sparsity, divergence, "packed", cost)
+    assert found.keys() == SHAPES.keys()
+    assert bytes_of(SHAPES, found, cost) <= bytes_of(SHAPES, dict.fromkeys(SHAPES, sparsity), cost)
+    assert all(one == 0 or abs(one - sparsity) <= REACH + 1e-4 for one in found.values())
+
+
+def test_packed_removes_nothing_where_a_bitmask_saves_nothing():
+    divergence = {("a.q", "a.o"): 0.02, ("b",): 0.01, ("c",): 0.04}
+    assert share(SHAPES, 0.2, divergence, "packed") == dict.fromkeys(SHAPES, 0.0)
+    assert min(share(SHAPES, 0.2, divergence, "packed", lambda *one: size(*one, "bf16")).values()) > 0.1
 
 
 def test_parts_are_the_modules_of_a_block():
@@ -213,3 +303,40 @@ def test_a_model_that_does_not_fit_whole_is_refused(base, tmp_path, monkeypatch)
     ):
         derive_tiny(base, tmp_path / "out", budget="measured")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_what_is_packed_is_smaller_and_keeps_some_weights_whole(tmp_path, family):
+    base = save_tiny(tmp_path / "base", family)
+    options = {"method": "admm", "values": "int4", "sparsity": 0.5}
+    done = derive_tiny(base, tmp_path / "packed", budget="packed", **options)
+    derive_tiny(base, tmp_path / "uniform", **options)
+    sizes = [sum(map(len, shards(tmp_path / name).values())) for name in ("packed", "uniform")]
+    assert sizes[0] <= sizes[1]
+    masks = masks_and_weights(tmp_path / "packed")
+    whole = {name for name, (mask, _) in masks.items() if mask.all()}
+    assert 0 < len(whole) < len(masks)
+    config = read_json(tmp_path / "packed" / "config.json")["quantization_config"]
+    assert check_quantization_config(config).unmasked == whole
+    assert done.manifest["kept_weights"] == sum(int(mask.sum()) for mask, _ in masks.values())
+    token_ids = torch.from_numpy(calibration().token_ids[:1])
+    parent, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / one) for one in ("base", "packed"))
+    with torch.no_grad():
+        wanted, found = (model(token_ids).logits.log_softmax(-1) for model in (parent, ours))
+    assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 0.5
+    interrupt(base, tmp_path / "again", budget="packed", **options)
+    derive_tiny(base, tmp_path / "again", budget="packed", resume=True, **options)
+    assert contents(tmp_path / "again") == contents(tmp_path / "packed")
+
+
+def test_divergences_are_not_measured_at_sparsities_that_tell_nothing(base, tmp_path, monkeypatch):
+    seen = []
+
+    def noting(model, blocks, token_ids, target, *rest):
+        seen.append(target.sparsity)
+        return measure_divergence(model, blocks, token_ids, target, *rest)
+
+    monkeypatch.setattr("secateur.pruning.allotment.measure_divergence", noting)
+    for sparsity in (0.1, 0.6):
+        derive_tiny(base, tmp_path / str(sparsity), budget="measured", sparsity=sparsity)
+    assert seen == [0.45, 0.6]

@@ -110,6 +110,21 @@ def test_an_interrupted_derivation_keeps_the_way_that_it_was_begun_with(base, tm
     assert done.manifest["recipe"]["embedding_values"] == "int8"
 
 
+def test_what_is_packed_loses_less_where_weights_can_stay_whole():
+    """Three tenths removed cost as many bytes as 30% of the weights with 41.7% removed and all others whole."""
+    prices = Prices(0.6, 0.05)
+
+    def lost(sparsity, **options):
+        rounding = prices.of(recipe(values="int4", sparsity=0.0))
+        return prices.of(recipe(values="int4", sparsity=sparsity, **options)) - rounding
+
+    assert lost(0.3, budget="packed") == pytest.approx(0.3 * lost(1 / 6 + 1 / 4, budget="packed"))
+    assert lost(0.25, budget="packed") == pytest.approx(0.0)
+    assert lost(0.35, budget="packed") < lost(0.35, budget="measured")
+    assert lost(0.6, budget="packed") == lost(0.6, budget="measured")
+    assert prices.of(recipe(budget="packed", sparsity=0.3)) == prices.of(recipe(sparsity=0.3))
+
+
 def test_int8_is_taken_where_little_has_to_be_removed():
     prices = Prices(0.5, 10.0)
     few = [recipe(values="int8", sparsity=0.1), recipe(values="int4", sparsity=0.0)]

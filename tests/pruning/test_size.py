@@ -41,6 +41,7 @@ def recipe(**options):
         {"values": "int8", "sparsity": 0.5, "granularity": "per_layer"},
         {"values": "int4", "sparsity": 0.61, "group_size": 32},
         {"values": "int4", "sparsity": 0.45, "budget": "measured"},
+        {"values": "int4", "sparsity": 0.45, "budget": "packed"},
     ],
 )
 def test_the_size_is_foretold(base, tmp_path, options):
@@ -158,3 +159,15 @@ def test_a_size_and_a_sparsity_are_one_too_many(tmp_path):
     file.write_text("for: python\ntarget_size: 3MB\n")
     found = make_recipe({"sparsity": 0.7}, file)
     assert (found.sparsity, found.target_size) == (0.7, None)
+
+
+@pytest.mark.parametrize(("options", "budget"), [({}, "packed"), ({"values": "base"}, "measured")])
+def test_bytes_that_are_asked_for_are_shared_out_by_bytes(base, tmp_path, options, budget):
+    sized = Footprint.of(opened(base))
+    target = sized.folder(recipe(**(options or {"values": "int4", "embedding_values": "int4"}), sparsity=0.45))
+    done = derive_tiny(base, tmp_path / "out", method="admm", budget="measured", target_size=target, **options)
+    assert done.manifest["recipe"]["budget"] == budget
+    assert done.manifest["recipe"]["sparsity"] > 0
+    assert size(tmp_path / "out") <= target
+    budgets = {one.budget for one in ways(opened(base), recipe(budget="uniform", target_size=target))}
+    assert budgets == {"uniform"}, "what is asked for stays"

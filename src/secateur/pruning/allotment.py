@@ -14,6 +14,10 @@ from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS, Divergence
 from secateur.pruning.divergence import measure_divergence
 from secateur.pruning.masks import Target
+from secateur.pruning.size import weight_bytes
+from secateur.pruning.weight import encoding_of
+
+_LEAST = 0.45  # of a sparsity at which parts are measured: what they lose below it is little beside the noise
 
 
 def measures(recipe: Recipe) -> bool:
@@ -35,13 +39,19 @@ def allot(  # noqa: PLR0917
     weights are pruned as the first ones were. `progress` is called with the blocks that are measured, and their number.
     """
     budget, shapes = BUDGETS.get(recipe.budget), base.shapes()
+    encoding, itemsize = encoding_of(recipe), base.dtype().itemsize
+
+    def size(shape: tuple[int, int], sparsity: float) -> int:
+        return weight_bytes(shape, encoding, itemsize, sparsity)
+
     if not measures(recipe):
-        return budget.function(shapes, recipe.sparsity, {})
+        return budget.function(shapes, recipe.sparsity, {}, size)
     path = folder / BUDGET
     try:
         return _checked(read_json(path), shapes.keys())
     except CheckpointError:  # it is the first run, or the disk has damaged the file
-        found = budget.function(shapes, recipe.sparsity, _divergence(base, recipe, calibration, device, progress))
+        divergence = _divergence(base, recipe, calibration, device, progress)
+        found = budget.function(shapes, recipe.sparsity, divergence, size)
     atomic_write_bytes(path, dump_json(found))
     return found
 
@@ -54,7 +64,7 @@ def _divergence(
     progress: Callable[[int, int], None],
 ) -> Divergence:
     model = base.loaded(base.tensors(device))
-    target = Target(recipe.sparsity, recipe.granularity)
+    target = Target(max(recipe.sparsity, _LEAST), recipe.granularity)
     token_ids = torch.from_numpy(calibration.token_ids)
     found = measure_divergence(model, base.blocks, token_ids, target, recipe.first_token_weight, progress)
     del model

@@ -5,17 +5,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from secateur.registry import Registry
 
 # By the names of the weights that make a part: nats per token that the model loses when this part alone is pruned.
 Divergence = Mapping[tuple[str, ...], float]
-BudgetFunction = Callable[[Mapping[str, tuple[int, int]], float, Divergence], dict[str, float]]
+Shapes = Mapping[str, tuple[int, int]]  # [out_features, in_features] of each prunable weight, by name
+Size = Callable[[tuple[int, int], float], int]  # bytes of a weight of some shape that loses a share of its entries
+BudgetFunction = Callable[[Shapes, float, Divergence, Size], dict[str, float]]
+IntArray = NDArray[np.intp]
 BudgetNeeds = Literal["nothing", "divergence"]
 
 # Of the logarithm of a part's divergence, by its sparsity: measured between 50% and 60% (docs/results/methods.md).
 GROWTH = 6.0
 _NOTHING = 1e-12  # of a divergence in nats: far below what float32 probabilities can tell
 REACH = 0.2  # how far from the sparsity that was asked for a part may go
+_STEP = 0.0025  # between the sparsities that `packed` tries
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,8 @@ BUDGETS: Registry[Budget] = Registry("budget")
 def register(name: str, *, needs: BudgetNeeds = "nothing") -> Callable[[BudgetFunction], BudgetFunction]:
     """Register a budget; the first line of its docstring is what `secateur list budgets` shows.
 
-    Its function takes [out_features, in_features] of each prunable weight by name, the sparsity of the whole, and, if
-    it `needs` that, the divergence of each part of the model, else an empty mapping. It returns the sparsity by name.
+    Its function takes the shapes of the prunable weights, the sparsity of the whole, if it `needs` that the divergence
+    of each part of the model, else an empty mapping, and the bytes of a weight. It returns the sparsity by name.
     """
 
     def add(function: BudgetFunction) -> BudgetFunction:
@@ -46,13 +53,13 @@ def register(name: str, *, needs: BudgetNeeds = "nothing") -> Callable[[BudgetFu
 
 
 @register("uniform")
-def uniform(shapes: Mapping[str, tuple[int, int]], sparsity: float, _: Divergence) -> dict[str, float]:
+def uniform(shapes: Shapes, sparsity: float, _: Divergence, __: Size) -> dict[str, float]:
     """Give every prunable weight the same sparsity."""
     return dict.fromkeys(shapes, sparsity)
 
 
 @register("measured", needs="divergence")
-def measured(shapes: Mapping[str, tuple[int, int]], sparsity: float, divergence: Divergence) -> dict[str, float]:
+def measured(shapes: Shapes, sparsity: float, divergence: Divergence, __: Size) -> dict[str, float]:
     """Remove less where the model loses more by it, as measured for the attention and the MLP of each block.
 
     The divergence of part p is taken to be d_p * exp(GROWTH * (s_p - sparsity)). The sum of all is least where one
@@ -61,18 +68,18 @@ def measured(shapes: Mapping[str, tuple[int, int]], sparsity: float, divergence:
     """
     largest = max(divergence.values(), default=0.0)
     if sparsity == 0 or largest < _NOTHING:
-        return uniform(shapes, sparsity, divergence)
+        return dict.fromkeys(shapes, sparsity)
     wishes: dict[str, float] = {}
     for names, lost in divergence.items():
         entries = sum(math.prod(shapes[name]) for name in names)
         wish = math.log(entries / max(lost, 1e-6 * largest)) / GROWTH
         wishes |= dict.fromkeys(names, wish)
-    lowest, highest = max(sparsity - REACH, sparsity / 2), min(sparsity + REACH, (1 + sparsity) / 2)
+    lowest, highest = _reach(sparsity)
 
     def shared(constant: float) -> dict[str, float]:
         return {name: round(min(highest, max(lowest, wishes[name] + constant)), 4) for name in shapes}
 
-    wanted = _removed(shapes, uniform(shapes, sparsity, divergence))
+    wanted = _removed(shapes, dict.fromkeys(shapes, sparsity))
     low, high = lowest - max(wishes.values()), highest - min(wishes.values())  # all at the lowest; all at the highest
     for _ in range(50):
         middle = (low + high) / 2
@@ -80,6 +87,74 @@ def measured(shapes: Mapping[str, tuple[int, int]], sparsity: float, divergence:
     return shared(high)
 
 
-def _removed(shapes: Mapping[str, tuple[int, int]], sparsity: Mapping[str, float]) -> int:
+@register("packed", needs="divergence")
+def packed(shapes: Shapes, sparsity: float, divergence: Divergence, size: Size) -> dict[str, float]:
+    """Spend the bytes that the sparsity leaves where they serve most; what loses much by it may keep all its entries.
+
+    With integers a weight that loses nothing needs no bitmask, so that removing a few entries saves nothing at all. The
+    divergence of a part is taken to grow as for `measured`, and the sum of all is made small by bytes: each part has
+    the sparsity, or none, at which what it loses and a price for its bytes are least together. The price is the lowest
+    with which all bytes are enough, and what is left of them goes to the parts that are pruned, alike.
+    """
+    largest = max(divergence.values(), default=0.0)
+    if sparsity == 0 or largest < _NOTHING:
+        return dict.fromkeys(shapes, sparsity)
+    lowest, highest = _reach(sparsity)
+    tried = np.array([0.0, *np.arange(lowest, highest, _STEP), highest])
+    taken = np.array([[sum(size(shapes[name], one) for name in names) for one in tried] for names in divergence])
+    growth = np.exp(GROWTH * (tried - sparsity))
+    growth[0] = 0.0 if min(size(shape, _STEP) - size(shape, 0.0) for shape in shapes.values()) > 0 else np.inf
+    lost = np.array([max(one, 1e-6 * largest) * growth for one in divergence.values()])
+    allowed = sum(size(shape, sparsity) for shape in shapes.values())
+    parts = np.arange(len(lost))
+
+    def chosen(log_price: float) -> IntArray:
+        found: IntArray = (lost + math.exp(log_price) * taken).argmin(axis=1)
+        return found
+
+    low, high = -60.0, 60.0  # of the logarithm of a price in nats for each byte
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if taken[parts, chosen(middle)].sum() <= allowed else (middle, high)
+    best, better = chosen(high), chosen(low)
+    for part in np.flatnonzero(best != better):  # parts that are alike change together, and not all need to
+        with_it = np.where(parts == part, better, best)
+        best = with_it if taken[parts, with_it].sum() <= allowed else best
+    return _relieved(dict(zip(divergence, tried[best].tolist(), strict=True)), lowest, allowed, shapes, size)
+
+
+def _relieved(
+    found: Mapping[tuple[str, ...], float], lowest: float, allowed: int, shapes: Shapes, size: Size
+) -> dict[str, float]:
+    """Return the sparsity by name, lower by as much as the bytes allow in all parts that are pruned."""
+
+    def shared(relief: float) -> dict[str, float]:
+        eased = {names: one and round(max(lowest, one - relief), 4) for names, one in found.items()}
+        return {name: one for names, one in eased.items() for name in names}
+
+    def fits(relief: float) -> bool:
+        return sum(size(shapes[name], one) for name, one in shared(relief).items()) <= allowed
+
+    none, too_much = 0.0, 2 * REACH
+    for _ in range(20):
+        middle = (none + too_much) / 2
+        none, too_much = (middle, too_much) if fits(middle) else (none, middle)
+    return shared(none)
+
+
+def share_that_is_pruned(sparsity: float, bits: int) -> tuple[float, float]:
+    """Return (share of the weights, their sparsity) as `packed` has it where all parts lose alike.
+
+    Below a sparsity of 1 / GROWTH + 1 / bits it serves better to leave a part whole and to remove more from the others.
+    """
+    least = 1 / GROWTH + 1 / bits
+    return (1.0, sparsity) if sparsity >= least else (max(0.0, sparsity - 1 / bits) * GROWTH, least)
+
+
+def _reach(sparsity: float) -> tuple[float, float]:
+    return max(sparsity - REACH, sparsity / 2), min(sparsity + REACH, (1 + sparsity) / 2)
+
+
+def _removed(shapes: Shapes, sparsity: Mapping[str, float]) -> int:
     """Return how many entries all weights lose, each row as many as its sparsity says."""
     return sum(rows * round(sparsity[name] * columns) for name, (rows, columns) in shapes.items())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.checkpoint.format import DENSE_ENCODINGS
+from secateur.checkpoint.format import DENSE_ENCODINGS, INTEGER_BITS
 from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.config import Recipe
 from secateur.errors import ModelError
@@ -23,7 +23,7 @@ from secateur.files import release_freed_memory
 from secateur.models.products import fast_products
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
-from secateur.pruning.budgets import GROWTH
+from secateur.pruning.budgets import GROWTH, share_that_is_pruned
 from secateur.pruning.divergence import TOKENS, mean_divergence, spread_logits, summing_squares, wanda_pruned
 from secateur.pruning.masks import Target
 from secateur.pruning.method import Method
@@ -58,7 +58,10 @@ class Prices:
         """Return what a recipe is expected to lose."""
         method = METHODS.get(recipe.method)
         share = _GRAM_SHARE if method.needs_gram else 1.0
-        pruning = share * math.exp(GROWTH * (recipe.sparsity - _HALF)) if recipe.sparsity else 0.0
+        pruned, sparsity = 1.0, recipe.sparsity
+        if recipe.budget == "packed" and recipe.values != "base":
+            pruned, sparsity = share_that_is_pruned(sparsity, INTEGER_BITS[recipe.values])
+        pruning = share * pruned * math.exp(GROWTH * (sparsity - _HALF)) if recipe.sparsity else 0.0
         embedding = self.small_embedding if _has_small_embedding(recipe) else 0.0
         return self.halving * (pruning + self._rounding(recipe, method)) + embedding
 

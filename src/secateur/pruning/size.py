@@ -1,6 +1,6 @@
 """How large a sub-model will be, and the ways in which it can be as small as was asked for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +69,7 @@ class Footprint:
     def folder(self, recipe: Recipe) -> int:
         """Return the bytes of a finished sub-model; a little more rather than less, since small files are guessed."""
         encoding = encoding_of(recipe)
-        total = sum(_pruned_bytes(shape, encoding, itemsize, recipe.sparsity) for shape, itemsize in self.pruned)
+        total = sum(weight_bytes(shape, encoding, itemsize, recipe.sparsity) for shape, itemsize in self.pruned)
         total += self.outer(recipe) + sum(shape.numel() * itemsize for shape, itemsize in self.others)
         if recipe.trim_vocabulary:
             total += _TOKEN_BYTES * sum(shape[0] for shape, _ in self.whole)
@@ -121,8 +121,15 @@ def _kinds(recipe: Recipe) -> list[Recipe]:
     for values, group_size in kinds:
         for embedding in embeddings if values != "base" else _EMBEDDINGS[:1]:
             update = {"values": values, "group_size": group_size, "embedding_values": embedding, "target_size": None}
-            made.append(recipe.model_copy(update=update))
+            made.append(by_bytes(recipe.model_copy(update=update)))
     return made
+
+
+def by_bytes(recipe: Recipe) -> Recipe:
+    """Return a recipe whose sparsity only stands for a size: where it is shared out as measured, its bytes are."""
+    if recipe.budget != "measured" or recipe.values == "base":
+        return recipe
+    return recipe.model_copy(update={"budget": "packed"})
 
 
 def _described(recipe: Recipe) -> str:
@@ -147,7 +154,11 @@ def _lowest_sparsity(footprint: Footprint, recipe: Recipe, target: int, highest:
     return round(high * _STEP, 4)
 
 
-def _pruned_bytes(shape: torch.Size, encoding: Encoding, itemsize: int, sparsity: float) -> int:
+def weight_bytes(shape: Sequence[int], encoding: Encoding, itemsize: int, sparsity: float) -> int:
+    """Return the bytes of a prunable weight [out_features, in_features] as it is stored.
+
+    `itemsize` is that of an entry of the base model, in which it stays where the encoding has no bits of its own.
+    """
     rows, columns = shape
     if is_unmasked(encoding, sparsity):
         return _whole_bytes(shape, encoding)
@@ -157,9 +168,9 @@ def _pruned_bytes(shape: torch.Size, encoding: Encoding, itemsize: int, sparsity
     return rows * bitmask_width(columns) + padded + _OFFSET_BYTES * (rows + 1) + _scales_bytes(shape, encoding)
 
 
-def _whole_bytes(shape: torch.Size, encoding: Encoding) -> int:
+def _whole_bytes(shape: Sequence[int], encoding: Encoding) -> int:
     return shape[0] * stored_width(shape[1], encoding) + _scales_bytes(shape, encoding)
 
 
-def _scales_bytes(shape: torch.Size, encoding: Encoding) -> int:
+def _scales_bytes(shape: Sequence[int], encoding: Encoding) -> int:
     return _SCALE_BYTES * shape[0] * n_groups(shape[1], encoding.group_size) if encoding.bits else 0

@@ -62,4 +62,5 @@ def _described(recipe: Recipe) -> str:
     if recipe.values == "base":
         return f"values base, sparsity {recipe.sparsity}"
     groups = f" in groups of {recipe.group_size}"
-    return f"values {recipe.values}{groups}, embedding {recipe.embedding_values}, sparsity {recipe.sparsity}"
+    shared = ", where it costs least, by bytes" if recipe.budget == "packed" and recipe.sparsity else ""
+    return f"values {recipe.values}{groups}, embedding {recipe.embedding_values}, sparsity {recipe.sparsity}{shared}"
