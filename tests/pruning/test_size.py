@@ -169,5 +169,16 @@ def test_bytes_that_are_asked_for_are_shared_out_by_bytes(base, tmp_path, option
     assert done.manifest["recipe"]["budget"] == budget
     assert done.manifest["recipe"]["sparsity"] > 0
     assert size(tmp_path / "out") <= target
-    budgets = {one.budget for one in ways(opened(base), recipe(budget="uniform", target_size=target))}
-    assert budgets == {"uniform"}, "what is asked for stays"
+
+
+def test_a_budget_that_is_open_is_packed_where_little_is_removed(base):
+    sized = Footprint.of(opened(base))
+    options = {"values": "int4", "embedding_values": "int4"}
+    little, much = (sized.folder(recipe(**options, sparsity=one)) for one in (0.35, 0.6))
+
+    def budgets(target, **given):
+        return {one.budget for one in ways(opened(base), recipe(**options, target_size=target, **given))}
+
+    assert (budgets(little), budgets(much)) == ({"packed"}, {"uniform"})
+    assert budgets(little, budget="uniform") == {"uniform"}, "what is asked for stays"
+    assert budgets(much, preset="best") == {"packed"}

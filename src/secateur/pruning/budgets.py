@@ -142,12 +142,14 @@ def _relieved(
     return shared(none)
 
 
-def share_that_is_pruned(sparsity: float, bits: int) -> tuple[float, float]:
-    """Return (share of the weights, their sparsity) as `packed` has it where all parts lose alike.
+def least_that_pays(bits: int) -> float:
+    """Return the sparsity below which it serves better to leave a part whole, and to remove more from others."""
+    return 1 / GROWTH + 1 / bits
 
-    Below a sparsity of 1 / GROWTH + 1 / bits it serves better to leave a part whole and to remove more from the others.
-    """
-    least = 1 / GROWTH + 1 / bits
+
+def share_that_is_pruned(sparsity: float, bits: int) -> tuple[float, float]:
+    """Return (share of the weights, their sparsity) as `packed` has it where all parts lose alike."""
+    least = least_that_pays(bits)
     return (1.0, sparsity) if sparsity >= least else (max(0.0, sparsity - 1 / bits) * GROWTH, least)
 
 

@@ -7,13 +7,14 @@ import torch
 
 from secateur.checkpoint.bitmask import ALIGNMENT, bitmask_width
 from secateur.checkpoint.dense import stored_width
-from secateur.checkpoint.format import Encoding
+from secateur.checkpoint.format import INTEGER_BITS, Encoding
 from secateur.checkpoint.quantise import n_groups
 from secateur.checkpoint.submodel import carried_files
 from secateur.config import EmbeddingValues, GroupSize, Recipe, Values
 from secateur.errors import ConfigError
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
+from secateur.pruning.budgets import least_that_pays
 from secateur.pruning.weight import dense_encoding_of, encoding_of, is_unmasked
 
 HIGHEST = 0.9  # sparsity that is ever chosen
@@ -100,7 +101,7 @@ def ways(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
     for tried in _kinds(recipe):
         sparsity = _lowest_sparsity(footprint, tried, target, HIGHEST)
         if sparsity is not None:
-            found.append(tried.model_copy(update={"sparsity": sparsity}))
+            found.append(by_bytes(tried.model_copy(update={"sparsity": sparsity})))
         least = footprint.folder(tried.model_copy(update={"sparsity": HIGHEST}))
         if not smallest[0] or least < smallest[1]:
             smallest = (_described(tried), least)
@@ -121,15 +122,20 @@ def _kinds(recipe: Recipe) -> list[Recipe]:
     for values, group_size in kinds:
         for embedding in embeddings if values != "base" else _EMBEDDINGS[:1]:
             update = {"values": values, "group_size": group_size, "embedding_values": embedding, "target_size": None}
-            made.append(by_bytes(recipe.model_copy(update=update)))
+            made.append(recipe.model_copy(update=update))
     return made
 
 
 def by_bytes(recipe: Recipe) -> Recipe:
-    """Return a recipe whose sparsity only stands for a size: where it is shared out as measured, its bytes are."""
-    if recipe.budget != "measured" or recipe.values == "base":
+    """Return a recipe whose sparsity only stands for a size: where it is shared out as measured, its bytes are.
+
+    So they are where a recipe leaves the budget open and removes so little that it serves better to leave parts whole.
+    """
+    bits = INTEGER_BITS.get(recipe.values)
+    if bits is None:
         return recipe
-    return recipe.model_copy(update={"budget": "packed"})
+    is_open = "budget" not in recipe.model_fields_set and 0 < recipe.sparsity < least_that_pays(bits)
+    return recipe.model_copy(update={"budget": "packed"}) if is_open or recipe.budget == "measured" else recipe
 
 
 def _described(recipe: Recipe) -> str:
