@@ -145,6 +145,20 @@ def test_defaults_are_those_of_the_balanced_preset():
     assert (recipe.method, recipe.granularity, recipe.sparsity) == ("admm", "per_output", 0.5)
 
 
+def test_the_best_preset_counts_bytes_where_a_size_or_a_quality_is_asked_for(tmp_path):
+    best = {"for": "python", "preset": "best"}
+    assert make_recipe(best).budget == "measured"
+    for asked in ({"target_size": "300MB"}, {"keep_quality": 0.9}):
+        assert make_recipe(best | asked).budget == "packed"
+        assert make_recipe(best | asked | {"budget": "measured"}).budget == "measured"
+        assert make_recipe({"for": "python"} | asked).budget == "uniform"
+    file = tmp_path / "recipe.yaml"
+    file.write_text("for: python\nbudget: measured\ntarget_size: 300MB\n")
+    assert make_recipe({}, file).budget == "measured"
+    assert make_recipe({"preset": "best"}, file).budget == "packed"
+    assert make_recipe({"sparsity": 0.5, "preset": "best"}, file).budget == "measured"
+
+
 def test_a_preset_stands_for_options_that_others_win_over(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("for: python\npreset: best\nmethod: sparsegpt\n")

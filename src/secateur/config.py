@@ -28,6 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"method": "admm", "correction": 0.0},
     "best": {"method": "admm", "correction": DEFAULT_CORRECTION, "budget": "measured"},
 }
+# What a preset's budget becomes where its sparsity only stands for a size.
+BY_BYTES = {"measured": "packed"}
 DEFAULT_PRESET = "balanced"  # where neither a preset nor a method is named
 _ONE_OF_THESE = ("sparsity", "target_size", "keep_quality")  # they decide the same thing
 UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
@@ -44,7 +46,8 @@ class Recipe(BaseModel):
     domains
         What the sub-model is for, as `NAME` or `NAME=WEIGHT`; the key is `for` in a recipe file.
     sparsity
-        Fraction of each prunable weight that is removed, 0 <= sparsity < 1.
+        Fraction of the prunable weights that is removed, 0 <= sparsity < 1; with the budget `packed` that whose bytes
+        are taken.
     target_size
         Bytes that the sub-model may have at most, also as `300MB` or `1.5GB`; None when the sparsity says it. A recipe
         that is carried out has the sparsity and values instead that were found for it.
@@ -164,7 +167,11 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
             raise ConfigError(f"{' and '.join(named)} decide the same thing: give one of them")
     if given.keys() & set(_ONE_OF_THESE):
         merged = {key: value for key, value in merged.items() if key not in _ONE_OF_THESE}
+    presets = {**_preset(merged), **_preset(given)}
+    is_named = "budget" in given or ("budget" in merged and "budget" not in _preset(given))
     merged = {**_preset(merged), **merged, **_preset(given), **given}
+    if not is_named and presets.get("budget") in BY_BYTES and merged.keys() & {"target_size", "keep_quality"}:
+        merged["budget"] = BY_BYTES[presets["budget"]]
     merged.pop("preset", None)
     if "method" not in merged:
         merged = PRESETS[DEFAULT_PRESET] | merged

@@ -26,7 +26,7 @@ SHAPES = {"a.q": (300, 1000), "a.o": (700, 1000), "b": (2000, 500), "c": (1000, 
 
 def size(shape, sparsity, values="int4"):
     group_size = {"int4": 64, "int8": 128, "bf16": 0}[values]
-    return weight_bytes(shape, Encoding(values, group_size), 2, sparsity)
+    return weight_bytes(shape, Encoding(values, group_size), 2, sparsity, "per_output")
 
 
 def share(shapes, sparsity, divergence, budget="measured", size=size):
@@ -111,10 +111,10 @@ def test_packed_leaves_weights_whole_rather_than_removing_little(values, sparsit
     whole = [name for name, one in found.items() if one == 0]
     least = 1 / 6 + {"int4": 1 / 4, "int8": 1 / 8}[values]
     assert 0 < len(whole) < len(ALIKE)
-    assert min(one for one in found.values() if one) > least - 0.06  # what was left of the bytes goes to these
+    assert min(one for one in found.values() if one) > least - 0.06  # what was left of the bytes went to these
     allowed = bytes_of(ALIKE, dict.fromkeys(ALIKE, sparsity), cost)
     assert 0.995 * allowed <= bytes_of(ALIKE, found, cost) <= allowed
-    assert total_loss(divergence, found, sparsity) < 0.95 * sum(divergence.values())
+    assert total_loss(divergence, found, sparsity) < 0.96 * sum(divergence.values())
     pruned, reached = share_that_is_pruned(sparsity, {"int4": 4, "int8": 8}[values])
     assert pruned == pytest.approx(1 - len(whole) / 12, abs=0.15)
     assert reached == pytest.approx(least)
@@ -142,7 +142,7 @@ def test_packed_is_near_the_best_of_all_choices():
     best = min(total_loss(divergence, one, 0.4) for one in choices if bytes_of(SHAPES, one) <= allowed)
     found = share(SHAPES, 0.4, divergence, "packed")
     assert bytes_of(SHAPES, found) <= allowed
-    assert total_loss(divergence, found, 0.4) <= 1.1 * best
+    assert total_loss(divergence, found, 0.4) <= 1.05 * best  # three parts leave much over
 
 
 @given(
@@ -320,10 +320,11 @@ def test_what_is_packed_is_smaller_and_keeps_some_weights_whole(tmp_path, family
     assert check_quantization_config(config).unmasked == whole
     assert done.manifest["kept_weights"] == sum(int(mask.sum()) for mask, _ in masks.values())
     token_ids = torch.from_numpy(calibration().token_ids[:1])
-    parent, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / one) for one in ("base", "packed"))
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / one) for one in ("base", "packed", "uniform")]
     with torch.no_grad():
-        wanted, found = (model(token_ids).logits.log_softmax(-1) for model in (parent, ours))
-    assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 0.5
+        wanted, *found = (model(token_ids).logits.log_softmax(-1) for model in models)
+    packed, uniform = ((wanted.exp() * (wanted - one)).sum(-1).mean() for one in found)
+    assert packed < 0.9 * uniform
     interrupt(base, tmp_path / "again", budget="packed", **options)
     derive_tiny(base, tmp_path / "again", budget="packed", resume=True, **options)
     assert contents(tmp_path / "again") == contents(tmp_path / "packed")

@@ -1,13 +1,18 @@
 """The size of a sub-model: foretold from headers, and chosen by the user."""
 
 import pytest
+import torch
 
-from secateur.checkpoint.format import MANIFEST, read_json
+from secateur.checkpoint.format import MANIFEST, Encoding, read_json
+from secateur.checkpoint.quantise import quantise
 from secateur.config import make_recipe
 from secateur.errors import ConfigError
 from secateur.models.source import ModelFolder
 from secateur.pruning.base import Base
-from secateur.pruning.size import HIGHEST, Footprint, ways
+from secateur.pruning.masks import Target, keep_top
+from secateur.pruning.method import Pruned
+from secateur.pruning.size import HIGHEST, Footprint, ways, weight_bytes
+from secateur.pruning.weight import pack_weight
 from tests.pruning.test_base import tied_base
 from tests.pruning.tiny_derivation import derive_tiny
 from tests.tiny import save_tiny
@@ -161,24 +166,25 @@ def test_a_size_and_a_sparsity_are_one_too_many(tmp_path):
     assert (found.sparsity, found.target_size) == (0.7, None)
 
 
-@pytest.mark.parametrize(("options", "budget"), [({}, "packed"), ({"values": "base"}, "measured")])
-def test_bytes_that_are_asked_for_are_shared_out_by_bytes(base, tmp_path, options, budget):
-    sized = Footprint.of(opened(base))
-    target = sized.folder(recipe(**(options or {"values": "int4", "embedding_values": "int4"}), sparsity=0.45))
-    done = derive_tiny(base, tmp_path / "out", method="admm", budget="measured", target_size=target, **options)
-    assert done.manifest["recipe"]["budget"] == budget
-    assert done.manifest["recipe"]["sparsity"] > 0
-    assert size(tmp_path / "out") <= target
-
-
-def test_a_budget_that_is_open_is_packed_where_little_is_removed(base):
-    sized = Footprint.of(opened(base))
+def test_bytes_that_are_asked_for_are_shared_out_by_bytes(base, tmp_path):
     options = {"values": "int4", "embedding_values": "int4"}
-    little, much = (sized.folder(recipe(**options, sparsity=one)) for one in (0.35, 0.6))
+    target = Footprint.of(opened(base)).folder(recipe(**options, sparsity=0.45))
+    best = recipe(preset="best", target_size=target)
+    assert {one.budget for one in ways(opened(base), best)} == {"packed"}
+    done = derive_tiny(base, tmp_path / "out", method="admm", budget="packed", target_size=target)
+    assert done.manifest["recipe"]["budget"] == "packed"
+    assert 0.97 * target <= size(tmp_path / "out") <= target
 
-    def budgets(target, **given):
-        return {one.budget for one in ways(opened(base), recipe(**options, target_size=target, **given))}
 
-    assert (budgets(little), budgets(much)) == ({"packed"}, {"uniform"})
-    assert budgets(little, budget="uniform") == {"uniform"}, "what is asked for stays"
-    assert budgets(much, preset="best") == {"packed"}
+@pytest.mark.parametrize("values", ["base", "int8", "int4"])
+@pytest.mark.parametrize("rows", [7, 64])
+def test_rows_of_their_own_length_are_counted(tmp_path, values, rows):
+    """Where scores compete in the whole weight a row keeps more or less, and each ends with a whole byte."""
+    encoding = Encoding("bf16") if values == "base" else Encoding(values, 64)
+    weight = torch.randn(rows, 123, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for sparsity in (0.1, 0.5, 0.83):
+        mask = keep_top(weight.abs().float(), Target(sparsity, "per_layer"))
+        codes = quantise(weight, mask, None, bits=encoding.bits, group_size=64) if encoding.bits else None
+        packed, _ = pack_weight(encoding, "w", Pruned(weight, mask), codes, weight.dtype)
+        stored = sum(one.nbytes for one in vars(packed).values() if one is not None)
+        assert stored <= weight_bytes(weight.shape, encoding, 2, sparsity, "per_layer") <= stored + rows + 64

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from secateur.checkpoint.format import check_quantization_config, read_json
 from secateur.errors import ConfigError
 from secateur.runtime.loading import load
 from secateur.runtime.native_model import NativeSequence
@@ -112,10 +113,16 @@ def source_text(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("values", ["base", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [("base", {}), ("int8", {}), ("int4", {}), ("int4", {"budget": "packed"}), ("int8", {"budget": "packed"})],
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_sub_model_runs_packed(folders, source_text, tmp_path, family, values):
-    folder = sub_model(folders[family], source_text, tmp_path / "sub", values=values)
+def test_sub_model_runs_packed(folders, source_text, tmp_path, family, values, options):
+    folder = sub_model(folders[family], source_text, tmp_path / "sub", values=values, **options)
+    if options:  # some weights have a bitmask, and others none
+        stored = check_quantization_config(read_json(folder / "config.json")["quantization_config"])
+        assert 0 < len(stored.unmasked) < len(stored.pruned.shapes)
     model = native(folder).model
     token_ids = tokens(40)
     found = model.forward(token_ids, [NativeSequence(model, 40)] * 40, [True] * 40)

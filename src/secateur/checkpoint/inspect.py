@@ -96,7 +96,9 @@ class Inspection:
             # Floats are dense only in another order of rows.
             known = weights.shapes and (groups or not where)
             texts += [f"{where}{weights.encoding.values}{groups}"] if known else []
-        return "".join(texts) + (", without a bitmask" if self.stored.unmasked else "")
+        whole, total = len(self.stored.unmasked), len(self.stored.pruned.shapes)
+        some = f", {whole} of {total} weights" if whole < total else ","
+        return "".join(texts) + (f"{some} without a bitmask" if whole else "")
 
     def _describe_shortlist(self) -> list[str]:
         if self.stored.shortlist is None:

@@ -42,7 +42,7 @@ def allot(  # noqa: PLR0917
     encoding, itemsize = encoding_of(recipe), base.dtype().itemsize
 
     def size(shape: tuple[int, int], sparsity: float) -> int:
-        return weight_bytes(shape, encoding, itemsize, sparsity)
+        return weight_bytes(shape, encoding, itemsize, sparsity, recipe.granularity)
 
     if not measures(recipe):
         return budget.function(shapes, recipe.sparsity, {}, size)

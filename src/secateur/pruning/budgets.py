@@ -15,6 +15,7 @@ Divergence = Mapping[tuple[str, ...], float]
 Shapes = Mapping[str, tuple[int, int]]  # [out_features, in_features] of each prunable weight, by name
 Size = Callable[[tuple[int, int], float], int]  # bytes of a weight of some shape that loses a share of its entries
 BudgetFunction = Callable[[Shapes, float, Divergence, Size], dict[str, float]]
+FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
 BudgetNeeds = Literal["nothing", "divergence"]
 
@@ -94,18 +95,31 @@ def packed(shapes: Shapes, sparsity: float, divergence: Divergence, size: Size) 
     With integers a weight that loses nothing needs no bitmask, so that removing a few entries saves nothing at all. The
     divergence of a part is taken to grow as for `measured`, and the sum of all is made small by bytes: each part has
     the sparsity, or none, at which what it loses and a price for its bytes are least together. The price is the lowest
-    with which all bytes are enough, and what is left of them goes to the parts that are pruned, alike.
+    with which all bytes are enough; it is found again for those that are pruned when it is settled which are whole.
     """
     largest = max(divergence.values(), default=0.0)
     if sparsity == 0 or largest < _NOTHING:
         return dict.fromkeys(shapes, sparsity)
     lowest, highest = _reach(sparsity)
-    tried = np.array([0.0, *np.arange(lowest, highest, _STEP), highest])
+    tried = np.array([0.0, *np.arange(lowest, highest, _STEP), highest]).round(4)  # the first: to be whole
     taken = np.array([[sum(size(shapes[name], one) for name in names) for one in tried] for names in divergence])
     growth = np.exp(GROWTH * (tried - sparsity))
-    growth[0] = 0.0 if min(size(shape, _STEP) - size(shape, 0.0) for shape in shapes.values()) > 0 else np.inf
+    # Where a weight has a bitmask anyway, to be whole is only the sparsity of 0, which is out of reach.
+    needs_no_bitmask = all(size(shape, 0.0) < size(shape, _STEP) for shape in shapes.values())
+    growth[0] = 0.0 if needs_no_bitmask else np.inf
     lost = np.array([max(one, 1e-6 * largest) * growth for one in divergence.values()])
     allowed = sum(size(shape, sparsity) for shape in shapes.values())
+    is_whole = _least_loss(lost, taken, allowed) == 0
+    lost[is_whole, 1:], lost[~is_whole, 0] = np.inf, np.inf
+    found = tried[_least_loss(lost, taken, allowed)].tolist()
+    return {name: one for names, one in zip(divergence, found, strict=True) for name in names}
+
+
+def _least_loss(lost: FloatArray, taken: IntArray, allowed: int) -> IntArray:
+    """Return for each part the index of a choice, so that all take no more bytes than allowed and lose little.
+
+    `lost` and `taken` are [parts, choices]; the choices that take least are few enough bytes.
+    """
     parts = np.arange(len(lost))
 
     def chosen(log_price: float) -> IntArray:
@@ -120,26 +134,7 @@ def packed(shapes: Shapes, sparsity: float, divergence: Divergence, size: Size) 
     for part in np.flatnonzero(best != better):  # parts that are alike change together, and not all need to
         with_it = np.where(parts == part, better, best)
         best = with_it if taken[parts, with_it].sum() <= allowed else best
-    return _relieved(dict(zip(divergence, tried[best].tolist(), strict=True)), lowest, allowed, shapes, size)
-
-
-def _relieved(
-    found: Mapping[tuple[str, ...], float], lowest: float, allowed: int, shapes: Shapes, size: Size
-) -> dict[str, float]:
-    """Return the sparsity by name, lower by as much as the bytes allow in all parts that are pruned."""
-
-    def shared(relief: float) -> dict[str, float]:
-        eased = {names: one and round(max(lowest, one - relief), 4) for names, one in found.items()}
-        return {name: one for names, one in eased.items() for name in names}
-
-    def fits(relief: float) -> bool:
-        return sum(size(shapes[name], one) for name, one in shared(relief).items()) <= allowed
-
-    none, too_much = 0.0, 2 * REACH
-    for _ in range(20):
-        middle = (none + too_much) / 2
-        none, too_much = (middle, too_much) if fits(middle) else (none, middle)
-    return shared(none)
+    return best
 
 
 def least_that_pays(bits: int) -> float:

@@ -10,7 +10,7 @@ from secateur.config import DEFAULT_GROUP_SIZES, EmbeddingValues, Recipe, Values
 from secateur.errors import ConfigError
 from secateur.pruning.budgets import GROWTH
 from secateur.pruning.quality import Judge, allowed_loss, kept
-from secateur.pruning.size import HIGHEST, Footprint, by_bytes
+from secateur.pruning.size import HIGHEST, Footprint
 from secateur.pruning.trials import Trial, Trials, best_of, searched
 
 _FIRST, _PRECISION, _LONGEST_STEP = 0.5, 0.02, 0.25
@@ -173,7 +173,7 @@ class Search:
         group_size = DEFAULT_GROUP_SIZES.get(values) if is_open else self.recipe.group_size
         place = self.trials.place(values, embedding, sparsity)
         update = {"values": values, "group_size": group_size, "embedding_values": embedding, "sparsity": sparsity}
-        self.derive(by_bytes(self.recipe.model_copy(update=update)), place)
+        self.derive(self.recipe.model_copy(update=update), place)
         return place
 
 

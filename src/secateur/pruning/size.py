@@ -7,14 +7,13 @@ import torch
 
 from secateur.checkpoint.bitmask import ALIGNMENT, bitmask_width
 from secateur.checkpoint.dense import stored_width
-from secateur.checkpoint.format import INTEGER_BITS, Encoding
+from secateur.checkpoint.format import Encoding
 from secateur.checkpoint.quantise import n_groups
 from secateur.checkpoint.submodel import carried_files
-from secateur.config import EmbeddingValues, GroupSize, Recipe, Values
+from secateur.config import EmbeddingValues, Granularity, GroupSize, Recipe, Values
 from secateur.errors import ConfigError
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
-from secateur.pruning.budgets import least_that_pays
 from secateur.pruning.weight import dense_encoding_of, encoding_of, is_unmasked
 
 HIGHEST = 0.9  # sparsity that is ever chosen
@@ -70,7 +69,10 @@ class Footprint:
     def folder(self, recipe: Recipe) -> int:
         """Return the bytes of a finished sub-model; a little more rather than less, since small files are guessed."""
         encoding = encoding_of(recipe)
-        total = sum(weight_bytes(shape, encoding, itemsize, recipe.sparsity) for shape, itemsize in self.pruned)
+        total = sum(
+            weight_bytes(shape, encoding, itemsize, recipe.sparsity, recipe.granularity)
+            for shape, itemsize in self.pruned
+        )
         total += self.outer(recipe) + sum(shape.numel() * itemsize for shape, itemsize in self.others)
         if recipe.trim_vocabulary:
             total += _TOKEN_BYTES * sum(shape[0] for shape, _ in self.whole)
@@ -101,7 +103,7 @@ def ways(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
     for tried in _kinds(recipe):
         sparsity = _lowest_sparsity(footprint, tried, target, HIGHEST)
         if sparsity is not None:
-            found.append(by_bytes(tried.model_copy(update={"sparsity": sparsity})))
+            found.append(tried.model_copy(update={"sparsity": sparsity}))
         least = footprint.folder(tried.model_copy(update={"sparsity": HIGHEST}))
         if not smallest[0] or least < smallest[1]:
             smallest = (_described(tried), least)
@@ -126,18 +128,6 @@ def _kinds(recipe: Recipe) -> list[Recipe]:
     return made
 
 
-def by_bytes(recipe: Recipe) -> Recipe:
-    """Return a recipe whose sparsity only stands for a size: where it is shared out as measured, its bytes are.
-
-    So they are where a recipe leaves the budget open and removes so little that it serves better to leave parts whole.
-    """
-    bits = INTEGER_BITS.get(recipe.values)
-    if bits is None:
-        return recipe
-    is_open = "budget" not in recipe.model_fields_set and 0 < recipe.sparsity < least_that_pays(bits)
-    return recipe.model_copy(update={"budget": "packed"}) if is_open or recipe.budget == "measured" else recipe
-
-
 def _described(recipe: Recipe) -> str:
     beside = f", embedding {recipe.embedding_values}," if recipe.values != "base" else " values"
     return recipe.values + beside
@@ -160,17 +150,22 @@ def _lowest_sparsity(footprint: Footprint, recipe: Recipe, target: int, highest:
     return round(high * _STEP, 4)
 
 
-def weight_bytes(shape: Sequence[int], encoding: Encoding, itemsize: int, sparsity: float) -> int:
-    """Return the bytes of a prunable weight [out_features, in_features] as it is stored.
+def weight_bytes(
+    shape: Sequence[int], encoding: Encoding, itemsize: int, sparsity: float, granularity: Granularity
+) -> int:
+    """Return the bytes of a prunable weight [out_features, in_features] as it is stored, or a few more.
 
     `itemsize` is that of an entry of the base model, in which it stays where the encoding has no bits of its own.
     """
     rows, columns = shape
     if is_unmasked(encoding, sparsity):
         return _whole_bytes(shape, encoding)
-    kept = columns - round(sparsity * columns)
-    row = (kept * encoding.bits + 7) // 8 if encoding.bits else kept * itemsize
-    padded = -(-rows * row // ALIGNMENT) * ALIGNMENT
+    bits = encoding.bits or 8 * itemsize
+    if granularity == "per_output":
+        kept = rows * ((bits * (columns - round(sparsity * columns)) + 7) // 8)
+    else:  # rows keep more or fewer, and each ends with a whole byte
+        kept = bits * (rows * columns - round(sparsity * rows * columns)) // 8 + rows * (bits % 8 > 0)
+    padded = -(-kept // ALIGNMENT) * ALIGNMENT
     return rows * bitmask_width(columns) + padded + _OFFSET_BYTES * (rows + 1) + _scales_bytes(shape, encoding)
 
 

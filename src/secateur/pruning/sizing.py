@@ -62,5 +62,5 @@ def _described(recipe: Recipe) -> str:
     if recipe.values == "base":
         return f"values base, sparsity {recipe.sparsity}"
     groups = f" in groups of {recipe.group_size}"
-    shared = ", where it costs least, by bytes" if recipe.budget == "packed" and recipe.sparsity else ""
-    return f"values {recipe.values}{groups}, embedding {recipe.embedding_values}, sparsity {recipe.sparsity}{shared}"
+    size = "as many bytes as with sparsity" if recipe.budget == "packed" and recipe.sparsity else "sparsity"
+    return f"values {recipe.values}{groups}, embedding {recipe.embedding_values}, {size} {recipe.sparsity}"

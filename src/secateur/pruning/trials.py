@@ -16,7 +16,6 @@ from secateur.config import EmbeddingValues, Recipe, Values
 from secateur.errors import CheckpointError, ConfigError, OutputError
 from secateur.files import atomic_write_bytes, remove_empty
 from secateur.pruning.quality import allowed_loss
-from secateur.pruning.size import by_bytes
 from secateur.pruning.workspace import check_output, first_difference, locked
 
 TRIALS = "trials.json"
@@ -181,8 +180,7 @@ def check_kept(finished: Path, recipe: Recipe, quality: float) -> Recipe:
         trial = Trial(found["values"], found["sparsity"], allowed, found["embedding_values"])
         done = [Trial(**one) for one in log["trials"]]
         kept = any(replace(one, loss=allowed) == trial and one.loss <= allowed for one in done)
-        budget = by_bytes(recipe.model_copy(update={key: found[key] for key in ("values", "sparsity")})).budget
-        recipe = recipe.model_copy(update={key: found[key] for key in searched(recipe)} | {"budget": budget})
+        recipe = recipe.model_copy(update={key: found[key] for key in searched(recipe)})
     except (CheckpointError, KeyError, TypeError):
         kept = False
     if not kept:
