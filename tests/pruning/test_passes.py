@@ -94,10 +94,12 @@ def test_room_for_passes_is_forecast(tmp_path, monkeypatch):
     monkeypatch.setattr("secateur.pruning.job.TOKENS_PER_BATCH", 48)
     found = forecast(base, tmp_path)
     assert found.waiting_batches == 5
+    assert "and to be quick" in found.describe()
     assert forecast(base, tmp_path, correction=0.0).waiting == found.waiting // 2
     for options in ({"method": "wanda"}, {"propagate": False}, {"device": torch.device("cuda")}):
         none = forecast(base, tmp_path, **options)
         assert (none.waiting, none.waiting_batches) == (0, 0)
+        assert "and to be quick" not in none.describe()
     leave_room(monkeypatch, found, 0.5)
     some = forecast(base, tmp_path)
     assert (some.waiting_batches, some.waiting) == (2, 2 * found.waiting // 5)

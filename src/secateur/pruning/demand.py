@@ -40,7 +40,7 @@ class Demand:
     batch_tokens
         Tokens in one forward pass.
     sparsity
-        Fraction of the prunable weights that is removed.
+        Fraction of the prunable weights that is removed at least.
     threads
         Number of CPU threads, and so of weights that are pruned side by side.
     written

@@ -58,9 +58,10 @@ class Forecast:
         """Return the forecast in one line."""
         where = "in a mapped file" if self.map_activations else "in memory"
         pruning = self.working_memory + (0 if self.map_activations else self.activations)
-        needed = max(pruning + self.waiting, self.budget, self.recovery)
+        needed = max(pruning, self.budget, self.recovery)
+        more = f", and to be quick {_size(self.waiting)} more," if self.waiting else ""
         return (
-            f"needs about {_size(needed)} of {_size(self.available_memory)} free memory "
+            f"needs about {_size(needed)}{more} of {_size(self.available_memory)} free memory "
             f"(activations {_size(self.activations)}, {where}) "
             f"and at most {_size(self.disk)} of {_size(self.available_disk)} free disk"
         )

@@ -86,7 +86,7 @@ def forecast_job(  # noqa: PLR0917
         tokens=tokens if needs_data else 0,
         itemsize=base.dtype().itemsize,
         batch_tokens=_batch_size(recipe) * recipe.sequence_length,
-        sparsity=recipe.sparsity,
+        sparsity=0.0 if recipe.budget == "packed" else recipe.sparsity,
         threads=threads,
         written=footprint.folder(recipe),
         outer=footprint.outer(recipe),
