@@ -12,7 +12,7 @@ written plainly here: levels other than whole numbers, and swaps. The figures ar
 import argparse
 
 import torch
-from watching import summed_inputs
+from watching import products, summed_inputs
 
 import secateur
 from secateur.calibration.statistics import InputStatistics
@@ -26,14 +26,8 @@ from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
 
 GROUP = 64
-FIRST = 100  # as how many tokens the first one of a sequence counts
 WHOLE = {"int4": torch.arange(-8.0, 8.0), "int3": torch.arange(-4.0, 4.0)}
 NO_MIDDLE = {f"±({gap} + k), {n} each": (gap, n) for n, gaps in ((8, (1.0, 1.5, 2.0)), (4, (0.5, 1.0))) for gap in gaps}
-
-
-def products(inputs):
-    rows, first = inputs.flatten(0, 1), inputs[:, 0]
-    return rows.T @ rows + (FIRST - 1) * first.T @ first
 
 
 def error(problem, scaled):

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM
-from watching import summed_inputs
+from watching import products, summed_inputs
 
 import secateur
 from secateur.calibration.statistics import InputStatistics
@@ -26,12 +26,7 @@ from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
 
 LINEARS = ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-BITS, FIRST, OTHER_SEED = 4, 100, 77
-
-
-def products(inputs):
-    rows, first = inputs.flatten(0, 1), inputs[:, 0]
-    return rows.T @ rows + (FIRST - 1) * first.T @ first
+BITS, OTHER_SEED = 4, 77
 
 
 def error(found, weight, gram):

@@ -2,6 +2,14 @@
 
 import torch
 
+FIRST = 100  # as how many tokens the first one of a sequence counts
+
+
+def products(inputs):
+    """Products of all pairs of features [features, features] of inputs [batch, length, features]."""
+    rows, first = inputs.flatten(0, 1), inputs[:, 0]
+    return rows.T @ rows + (FIRST - 1) * first.T @ first
+
 
 def summed_inputs(model, names, token_ids, what):
     """Run text [samples, length] through a model; return {name: sum of what(inputs [batch, length, features])}."""

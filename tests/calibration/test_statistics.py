@@ -4,28 +4,9 @@ from torch import nn
 
 from secateur.calibration.statistics import InputSum, ParentInputs, StatisticsCollector
 from secateur.errors import ModelError
+from tests.feedforward import LINEARS, Feedforward
 from tests.pruning.tiny_derivation import calibration, derive_tiny, masks_and_weights
 from tests.tiny import save_tiny
-
-
-class Feedforward(nn.Module):
-    """Two weights that share an input, and one behind them; counts how often each runs."""
-
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.gate, self.up, self.down = nn.Linear(8, 20), nn.Linear(8, 20), nn.Linear(20, 8)
-        self.unused = nn.Linear(8, 8)
-        self.runs = []
-        for name, module in self.named_children():
-            module.register_forward_hook(lambda *_, name=name: self.runs.append(name))
-
-    def forward(self, x):
-        return self.down(self.gate(x).relu() * self.up(x))
-
-
-LINEARS = ("gate", "up", "down")
 
 
 def batches(dtype=torch.float32, rows=700):

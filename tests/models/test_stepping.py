@@ -4,30 +4,17 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 
 from secateur.errors import ModelError
 from secateur.models.stepping import Stepper, groups_by_input
+from tests.feedforward import LINEARS, Feedforward
 
-LINEARS = ("gate", "up", "down")
 GROUPS = (("gate", "up"), ("down",))
 
 
-class Feedforward(nn.Module):
-    """Two linears that share an input, and one behind them; counts how often each runs."""
-
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.gate, self.up, self.down = nn.Linear(8, 20), nn.Linear(8, 20), nn.Linear(20, 8)
-        self.unused = nn.Linear(8, 8)
-        self.runs = []
-        for name, module in self.named_children():
-            module.register_forward_hook(lambda *_, name=name: self.runs.append(name))
-
+class Residual(Feedforward):
     def forward(self, x):
-        return x + self.down(self.gate(x).relu() * self.up(x))
+        return x + super().forward(x)
 
 
 def batch(seed=0):
@@ -63,7 +50,7 @@ def test_a_linear_that_is_never_reached_is_an_error():
 
 
 def test_passes_that_wait_compute_each_linear_once_and_the_same():
-    block, inputs = Feedforward(), [batch(seed) for seed in range(3)]
+    block, inputs = Residual(), [batch(seed) for seed in range(3)]
     wanted = [block(x) for x in inputs]
     block.runs.clear()
     with Stepper(block, GROUPS) as stepper:
@@ -82,7 +69,7 @@ def test_passes_that_wait_compute_each_linear_once_and_the_same():
 
 
 def test_a_pass_can_go_to_a_later_stage_and_to_the_end_at_once():
-    block, x = Feedforward(), batch()
+    block, x = Residual(), batch()
     with Stepper(block, GROUPS) as stepper:
         assert torch.equal(stepper.begin(lambda: block(x)).finish(), block(x))
         late = stepper.begin(lambda: block(x))
@@ -91,7 +78,7 @@ def test_a_pass_can_go_to_a_later_stage_and_to_the_end_at_once():
 
 
 def test_a_pass_goes_on_with_the_weights_of_that_moment():
-    block, x = Feedforward(), batch()
+    block, x = Residual(), batch()
     with Stepper(block, GROUPS) as stepper:
         waiting = stepper.begin(lambda: block(x))
         waiting.advance(0)
@@ -102,7 +89,7 @@ def test_a_pass_goes_on_with_the_weights_of_that_moment():
 
 
 def test_a_factor_reaches_all_linears_of_the_stage_and_nothing_else():
-    block, x = Feedforward(), batch()
+    block, x = Residual(), batch()
     factor = 2.0 ** torch.arange(-4, 4)
     wanted = block.gate(x * factor).relu() * block.up(x * factor)
     with Stepper(block, GROUPS) as stepper:

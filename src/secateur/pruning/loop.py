@@ -227,7 +227,7 @@ def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
         if run.activations is None:
             return
         feed = _feed(run, block, module)
-        if run.activations.parent is not None:
+        if run.activations.parent is not None and not feed.is_last:
             _load_block(run, block, module)
             feed.propagate_parent()
         if run.recipe.propagate:
