@@ -6,7 +6,7 @@
 For each layer the error of its outputs on the calibration text over their size, tr((W - V) G (W - V)^T) / tr(V G V^T).
 Weights are pruned with admm, scales are one for each 64 inputs, and codes settle by coordinate descent. The inputs of
 down projections are made equally loud before they are rounded, as in the tool. What is tried and not in the tool is
-written plainly here: levels other than whole numbers, and swaps. The figures are those of docs/results/bits.md.
+written plainly here: levels other than whole numbers, swaps, and DSnoT. The figures are those of docs/results/bits.md.
 """
 
 import argparse
@@ -104,6 +104,31 @@ def swapped(problem, found, mask, rounds=60, candidates=24):
     return refit(problem, found, mask, 10), made / len(found)
 
 
+def dsnot(weight, moments, statistics, sparsity, rounds=50):
+    """Wanda's mask after swaps that go by means and variances alone (Zhang et al. 2024, section 3.2), plainly.
+
+    In each round the row's expected error, the sum of W_ij mean(x_j) over removed weights, moves towards 0: of the
+    removed weights on its side the one with the largest expected part over its variance comes back, and of the kept
+    ones that move it the same way that of Wanda's lowest score goes.
+    """
+    mean, variance = moments
+    mask = METHODS.get("wanda").function(weight, statistics, Target(sparsity)).mask
+    score, part = weight.abs() * statistics.sum_squares.sqrt(), weight * mean
+    rows, swaps = torch.arange(len(weight)), 0
+    for _ in range(rounds):
+        expected = (part * ~mask).sum(1)
+        towards = part * expected.sign()[:, None]  # what a weight's return takes from the error, its removal adds
+        coming = torch.where(mask, -torch.inf, towards / variance).argmax(1)
+        leaving = torch.where(mask & (towards < 0), score, torch.inf).argmin(1)
+        after = expected - part[rows, coming] + part[rows, leaving]
+        moved = rows[after.abs() < expected.abs()]
+        if not len(moved):
+            break
+        mask[moved, coming[moved]], mask[moved, leaving[moved]] = True, False
+        swaps += len(moved)
+    return mask, swaps / len(weight)
+
+
 def pruned_by(method, weight, statistics, sparsity):
     found = METHODS.get(method).function(weight, statistics, Target(sparsity))
     return found.weight.float(), found.mask
@@ -140,9 +165,15 @@ def trial_of_bits(weight, statistics, sparsity):
             print(f"    {name}: nearest {near:.5f}, settled {far:.5f}")
 
 
-def trial_of_swaps(weight, statistics, sparsity):
+def trial_of_swaps(weight, statistics, moments, sparsity):
     """Print the error of masks before and after swaps, values refitted."""
     problem = LayerProblem.of(weight, statistics)
+    mask, swaps = dsnot(weight, moments, statistics, sparsity)
+    values = problem.dense * mask
+    print(
+        f"  wanda, DSnoT: {error(problem, values):.5f}, refitted {error(problem, refit(problem, values, mask, 10)):.5f} "
+        f"({swaps:.1f} swaps in a row)"
+    )
     for method in ("wanda", "sparsegpt", "admm"):
         kept, mask = pruned_by(method, weight, statistics, sparsity)
         before = refit(problem, kept * mask * problem.norms, mask, 10)
@@ -169,13 +200,17 @@ def main():
     model = base.loaded(base.tensors(torch.device("cpu"))).float()
     names = [f"{base.blocks[options.block].name}.{layer}" for layer in options.layers]
     token_ids = torch.from_numpy(calibration.token_ids)
+    sums = summed_inputs(model, names, token_ids, lambda inputs: inputs.flatten(0, -2).double().sum(0))
+    squares = summed_inputs(model, names, token_ids, lambda inputs: inputs.flatten(0, -2).double().square().sum(0))
     with torch.inference_mode():
         for name, gram in summed_inputs(model, names, token_ids, products).items():
             weight = model.get_parameter(f"{name}.weight").data
             statistics = InputStatistics(gram.diagonal().clone(), token_ids.numel(), gram)
             print(f"{name} {list(weight.shape)}", flush=True)
             trial_of_bits(weight, statistics, options.sparsity)
-            trial_of_swaps(weight, statistics, options.sparsity)
+            mean = sums[name] / token_ids.numel()
+            variance = squares[name] / token_ids.numel() - mean.square()
+            trial_of_swaps(weight, statistics, (mean.float(), variance.float()), options.sparsity)
 
 
 if __name__ == "__main__":
