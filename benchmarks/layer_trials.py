@@ -170,10 +170,8 @@ def trial_of_swaps(weight, statistics, moments, sparsity):
     problem = LayerProblem.of(weight, statistics)
     mask, swaps = dsnot(weight, moments, statistics, sparsity)
     values = problem.dense * mask
-    print(
-        f"  wanda, DSnoT: {error(problem, values):.5f}, refitted {error(problem, refit(problem, values, mask, 10)):.5f} "
-        f"({swaps:.1f} swaps in a row)"
-    )
+    plain, best = error(problem, values), error(problem, refit(problem, values, mask, 10))
+    print(f"  wanda, DSnoT: {plain:.5f}, refitted {best:.5f} ({swaps:.1f} swaps in a row)")
     for method in ("wanda", "sparsegpt", "admm"):
         kept, mask = pruned_by(method, weight, statistics, sparsity)
         before = refit(problem, kept * mask * problem.norms, mask, 10)
