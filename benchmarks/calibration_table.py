@@ -61,11 +61,10 @@ def write_text(options, kind, path):
         question = f"{QUESTIONS[number % len(QUESTIONS)]}\n\n```\n{code}\n```"
         turns = [{"role": "user", "content": question}]
         prompts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    with secateur.load(options.model) as model:
-        texts = []
-        for begin in range(0, len(prompts), 32):
-            some = prompts[begin : begin + 32]
-            texts += model.generate_batch(some, max_new_tokens=length, temperature=1.0, seed=begin)
+    model, texts = secateur.load(options.model), []
+    for begin in range(0, len(prompts), 32):
+        some = prompts[begin : begin + 32]
+        texts += model.generate_batch(some, max_new_tokens=length, temperature=1.0, seed=begin)
     lines = [json.dumps({"text": prompt + text}) for prompt, text in zip(prompts, texts, strict=True)]
     atomic_write_bytes(path, "\n".join(lines).encode())
     print(f"{kind}: {sum(len(tokenizer.encode(text)) for text in texts)} tokens written", flush=True)
