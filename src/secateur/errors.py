@@ -42,3 +42,11 @@ class ResourceError(SecateurError):
 
 class NativeCodeError(SecateurError):
     """The native code is not installed, does not fit this version, or lacks the instruction set that was asked for."""
+
+
+class SandboxError(SecateurError):
+    """A sandbox that this machine cannot give, or that failed; nothing is run outside one instead."""
+
+
+class RequirementError(SecateurError):
+    """A measurement that misses a rule that it was to meet."""
