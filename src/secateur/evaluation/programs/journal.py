@@ -1,0 +1,57 @@
+"""A file of JSON lines that grows while work goes on, and of which every whole line counts after an interruption."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+class Journal:
+    """Appends records to a file; what an interrupted write has left of a line is taken away at first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = list(read_lines(path)) if path.exists() else []
+        whole = sum(len(encode(record)) for record in self.records)
+        self._file = path.open("ab")
+        self._file.truncate(whole)
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write records, on the disk when this returns."""
+        added = list(records)
+        self._file.write(b"".join(encode(record) for record in added))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.records += added
+
+    def keep(self, count: int | None) -> None:
+        """Forget all but the first `count` records; None keeps all."""
+        if count is not None and count < len(self.records):
+            self.records = self.records[:count]
+            self._file.truncate(sum(len(encode(record)) for record in self.records))
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._file.close()
+
+
+def encode(record: dict[str, Any]) -> bytes:
+    """Return a record as a line; the same record has the same bytes."""
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Give the records of a journal up to the first line that is not whole."""
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        if not line.endswith(b"\n") or not isinstance(record, dict) or encode(record) != line:
+            return
+        yield record
