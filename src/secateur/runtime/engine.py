@@ -122,6 +122,7 @@ class NativeBackend:
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions,
         *,
+        end_ids: frozenset[int] = frozenset(),
         cancelled: IsCancelled | None = None,
     ) -> list[Iterator[int]]:
         """Return for each prompt what `generate` does, computed together; see `NativeBatch`.
@@ -132,7 +133,7 @@ class NativeBackend:
             When there is too little memory for so many texts.
         """
         check_memory(self.model.architecture, [len(prompt) + options.max_new_tokens for prompt in prompts])
-        ends = frozenset() if options.ignore_eos else self.end_ids
+        ends = frozenset() if options.ignore_eos else self.end_ids | end_ids
         return NativeBatch(self.contexts, prompts, options, ends, cancelled).streams()
 
 

@@ -85,10 +85,18 @@ class TransformersBackend:
         return generate_token_ids(self.model, prompt_ids, options, ends, shortlist=self.shortlist, cancelled=cancelled)
 
     def generate_batch(
-        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, *, cancelled: IsCancelled | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        *,
+        end_ids: frozenset[int] = frozenset(),
+        cancelled: IsCancelled | None = None,
     ) -> list[Iterator[int]]:
         """Return for each prompt what `generate` does, one after the other."""
-        return [self.generate(ids, options.of_text(i), cancelled=cancelled) for i, ids in enumerate(prompts)]
+        return [
+            self.generate(ids, options.of_text(i), end_ids=end_ids, cancelled=cancelled)
+            for i, ids in enumerate(prompts)
+        ]
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from secateur.errors import ModelError
+from secateur.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,12 @@ class Backend(Protocol):
         """Yield new token ids until there are enough, or before one that ends the text, or until it is cancelled."""
 
     def generate_batch(
-        self, prompts: Sequence[Sequence[int]], options: "GenerationOptions", *, cancelled: "IsCancelled | None" = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: "GenerationOptions",
+        *,
+        end_ids: frozenset[int] = frozenset(),
+        cancelled: "IsCancelled | None" = None,
     ) -> list[Iterator[int]]:
         """Return for each prompt what `generate` does."""
 
@@ -148,6 +153,7 @@ class LoadedModel:
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         *,
+        suffixes: Sequence[str] | None = None,
         cancelled: "IsCancelled | None" = None,
         **options: Any,
     ) -> list[str]:
@@ -163,29 +169,46 @@ class LoadedModel:
         ----------
         prompts
             At most 64.
+        suffixes
+            For each prompt the text that is to follow the answer (fill-in-the-middle), as `suffix` of `generate`.
         max_new_tokens, temperature, cancelled, **options
             As for `generate`, for each text.
 
         Raises
         ------
         ConfigError
-            As `generate`, and when there are too many prompts.
+            As `generate`, and when there are too many prompts, or not as many suffixes.
+        ModelError
+            As `generate`.
         ResourceError
             When there is too little memory for so many texts.
         """
-        from secateur.runtime import text
+        from secateur.runtime import infill, text
         from secateur.runtime.batch import check_batch
         from secateur.runtime.options import make_options
 
         chosen = make_options({"max_new_tokens": max_new_tokens, "temperature": temperature, **options})
         check_batch(prompts)
         codec, limit = self.backend.codec, self.backend.max_positions
-        encoded = [text.encode_prompt(prompt, codec, chosen.max_new_tokens, limit) for prompt in prompts]
+        end_ids: frozenset[int] = frozenset()
+        if suffixes is None:
+            encoded = [text.encode_prompt(prompt, codec, chosen.max_new_tokens, limit) for prompt in prompts]
+        else:
+            if len(suffixes) != len(prompts):
+                raise ConfigError(f"there are {len(prompts)} prompts and {len(suffixes)} suffixes; give one for each")
+            pairs = zip(prompts, suffixes, strict=True)
+            requests = [infill.encode_infill(prompt, suffix, codec) for prompt, suffix in pairs]
+            encoded = [request.prompt_ids for request in requests]
+            end_ids = end_ids.union(*(request.end_ids for request in requests))
+            for prompt_ids in encoded:
+                text.check_length(prompt_ids, chosen.max_new_tokens, limit)
         # Nothing else holds the iterators over tokens: at its stop string a text closes its own, and leaves the batch.
         streams = [
             text.cut_at_stop(text.decode_pieces(token_ids, codec, prompt_ids), chosen.stop)
             for token_ids, prompt_ids in zip(
-                self.backend.generate_batch(encoded, chosen, cancelled=cancelled), encoded, strict=True
+                self.backend.generate_batch(encoded, chosen, end_ids=end_ids, cancelled=cancelled),
+                encoded,
+                strict=True,
             )
         ]
         return text.join_in_turns(streams) if self.backend.together else ["".join(pieces) for pieces in streams]
