@@ -40,11 +40,9 @@ def _budgets(data: Path | None) -> Rows:
 @KINDS.register("tasks")
 def _tasks(data: Path | None) -> Rows:
     from secateur.calibration.corpora import describe_domains
+    from secateur.evaluation.tasks import describe_tasks
 
-    return [
-        {"name": f"perplexity:{row['name']}", "what": f"perplexity of held-out text: {row['description']}"}
-        for row in describe_domains()
-    ]
+    return describe_tasks({row["name"]: row["description"] for row in describe_domains()})
 
 
 def catalogue(kind: str, data: Path | None = None) -> Rows:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-VERBS = ["derive", "inspect", "generate", "evaluate", "benchmark", "export", "list"]
+VERBS = ["derive", "inspect", "generate", "evaluate", "benchmark", "export", "list", "score"]
 
 SCRIPT = """
 import contextlib, io, json, sys

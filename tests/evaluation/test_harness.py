@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur.errors import ConfigError, CorpusError, ModelError, OutputError, SecateurError, UnknownNameError
-from secateur.evaluation import harness
 from secateur.evaluation.harness import evaluate
+from secateur.evaluation.measuring import Measuring
 from tests.tiny import save_tiny
 
 
@@ -104,7 +104,7 @@ def test_other_vocabulary_is_compared_in_bits_per_byte(base, text, tmp_path):
     ],
 )
 def test_mistakes_are_found_before_a_model_is_opened(change, error, message, base, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "_measure", never)
+    monkeypatch.setattr(Measuring, "run", never)
     options = {"models": [base], "tasks": ["perplexity:python"], "output": tmp_path / "out"} | change
     if "data" in change:
         from pathlib import Path
@@ -120,7 +120,7 @@ def never(*_):
 
 
 def test_an_existing_output_is_kept(base, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "_measure", never)
+    monkeypatch.setattr(Measuring, "run", never)
     with pytest.raises(OutputError, match="exists"):
         evaluate([base], [f"perplexity:{text}"], output=tmp_path)
     assert list(tmp_path.iterdir()) == []

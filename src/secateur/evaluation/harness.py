@@ -3,27 +3,25 @@
 Names, text and the output path are checked for every model and task before the first model is opened.
 """
 
-import gc
-import hashlib
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from secateur.evaluation.plan import WINDOWS_PER_DOCUMENT, Subject, check_arguments, make_plan
-from secateur.evaluation.results import Cell, Evaluation, ModelRecord
-from secateur.evaluation.tasks import Task
+from secateur.evaluation.infilling import EACH, gaps, hash_of_gaps
+from secateur.evaluation.measuring import Measuring, Progress, compare_all
+from secateur.evaluation.plan import WINDOWS_PER_DOCUMENT, check_arguments, make_plan
+from secateur.evaluation.programs.folder import working_folder
+from secateur.evaluation.programs.generation import Asking
+from secateur.evaluation.programs.planning import benchmarks_of, plan_programs, settings_of
+from secateur.evaluation.results import Evaluation
+from secateur.files import atomic_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from secateur.calibration.held_out import Window
     from secateur.models.source import ModelFolder
 
 DEFAULT_LIMIT = 8000
-
-Progress = Callable[[str, int, int], None]
 
 
 def evaluate(
@@ -37,16 +35,21 @@ def evaluate(
     threads: int | None = None,
     device: str = "cpu",
     skip_missing: bool = False,
+    run_generated_code: bool = False,
+    unsafe: bool = False,
+    problems: int | None = None,
+    asking: Asking | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure every model on every task, and compare each with `against` on the same documents.
+    """Measure every model on every task, and compare each with `against` on the same documents or problems.
 
     Parameters
     ----------
     models
         Base models or sub-models, as `resolve_model` takes them; one or several.
     tasks
-        Names such as `perplexity:python`.
+        Names such as `perplexity:python`, `humaneval` or `multipl-e:java`.
     against
         The model to compare with; it is measured as well, as the first column unless it is in `models`.
     limit
@@ -54,17 +57,26 @@ def evaluate(
     data
         Folder that is tried first for text.
     output
-        Folder for results.json, which must not exist; None writes nothing.
+        Folder for results.json, and for answers and what came of them, which must not exist; None writes nothing. With
+        tasks that run programs an interrupted evaluation goes on where it was.
     threads, device
         As `secateur.load`.
     skip_missing
         Leave the cell of a domain without text empty, with the reason, in place of an error.
+    run_generated_code, unsafe
+        Whether programs that models have written may be run, and whether without a sandbox.
+    problems
+        How many of each benchmark are asked; None means all.
+    asking
+        How models are asked for programs.
+    workers
+        How many programs run at a time; None means one for each processor.
     progress
-        Called with `MODEL TASK`, the number of windows done and their total.
+        Called with `MODEL TASK`, how many windows, answers or runs are done, and their total.
 
     Raises
     ------
-    UnknownNameError, ModelError, CorpusError, ConfigError, OutputError
+    UnknownNameError, ModelError, CorpusError, ConfigError, OutputError, SandboxError
         Before any model is opened.
     CheckpointError, ModelError
         When a model cannot be opened, or gives a likelihood that is not finite. Nothing is written then.
@@ -82,99 +94,65 @@ def evaluate(
     if threads is not None:
         set_threads(threads)
     plan = make_plan(models, tasks, against=against, limit=limit, data=data, skip_missing=skip_missing)
-    measured = [_measure(subject, plan.tasks, device, progress) for subject in plan.subjects]
-    records, columns = [record for record, _ in measured], [cells for _, cells in measured]
-    if plan.against is not None:
-        columns = _compare_all(records, columns, plan.against)
-    evaluation = Evaluation(
-        models=tuple(records),
-        tasks=tuple(task.name for task in plan.tasks),
-        against=plan.against,
-        cells=tuple(cell for row in zip(*columns, strict=True) for cell in row),
-        corpora=plan.corpora,
-        settings={
-            "tokens_per_domain": limit,
-            "window_length": plan.window_length,
-            "windows_per_document": WINDOWS_PER_DOCUMENT,
-            "device": device,
-            "threads": torch.get_num_threads(),
-        },
-        versions=_versions(),
+    programs = plan_programs(
+        [task.name for task in plan.tasks if task.runs_programs],
+        asking or Asking(),
+        problems=problems,
+        data=data,
+        run_generated_code=run_generated_code,
+        unsafe=unsafe,
+        workers=workers,
     )
-    if output is not None:
-        _write(evaluation, output)
+    settings = {
+        "tokens_per_domain": limit,
+        "window_length": plan.window_length,
+        "windows_per_document": WINDOWS_PER_DOCUMENT,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        **({} if programs is None else settings_of(programs)),
+    }
+    infills = {
+        task.name: gaps(task.domain, data, problems or EACH)
+        for task in plan.tasks
+        if task.has_answers and not task.runs_programs
+    }
+    benchmarks = {} if programs is None else benchmarks_of(programs)
+    benchmarks |= {task: {"sha256": hash_of_gaps(some), "problems": len(some)} for task, some in infills.items()}
+    hashes = {subject.name: _hashes(subject.folder) for subject in plan.subjects}
+    with _folder(
+        output, {"models": hashes, "settings": settings, "benchmarks": benchmarks}, resumable=bool(benchmarks)
+    ) as folder:
+        measuring = Measuring(plan, programs, infills, folder, device, threads, progress)
+        measured = [measuring.run(subject, hashes[subject.name]) for subject in plan.subjects]
+        records, columns = [record for record, _ in measured], [cells for _, cells in measured]
+        if plan.against is not None:
+            columns = compare_all(records, columns, plan.against)
+        evaluation = Evaluation(
+            models=tuple(records),
+            tasks=tuple(task.name for task in plan.tasks),
+            against=plan.against,
+            cells=tuple(cell for row in zip(*columns, strict=True) for cell in row),
+            corpora=plan.corpora,
+            settings=settings,
+            versions=_versions(),
+            benchmarks=benchmarks,
+        )
+        if folder is not None:
+            (folder / "results.json").write_text(evaluation.to_json(), encoding="utf-8")
     return evaluation
 
 
-def _measure(
-    subject: Subject, tasks: Sequence[Task], device: str, progress: Progress | None
-) -> tuple[ModelRecord, list[Cell]]:
-    """Open one model, run all tasks on it, and let it go."""
-    from secateur.files import release_freed_memory
-    from secateur.runtime.loading import open_model
-
-    model = open_model(subject.folder, device=device)
-    try:
-        cells = [_run(model, task, subject, progress) for task in tasks]
-        record = ModelRecord(
-            subject.name,
-            subject.folder.is_submodel(),
-            _hashes(subject.folder),
-            str(model.dtype).removeprefix("torch."),
-            model.config.get_text_config().vocab_size,
-        )
-    finally:
-        del model
-        gc.collect()  # modules and hooks refer to each other, and the next model needs the memory
-        release_freed_memory()
-    return record, cells
-
-
-def _run(model: "PreTrainedModel", task: Task, subject: Subject, progress: Progress | None) -> Cell:
-    from secateur.evaluation.perplexity import evaluate_perplexity
-
-    windows = subject.text[task.name]
-    if isinstance(windows, str):
-        return Cell(task.name, subject.name, missing=windows)
-
-    def report(done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"{subject.name} {task.name}", done, total)
-
-    result = evaluate_perplexity(model, windows, task.domain, progress=report)
-    return Cell(task.name, subject.name, _text_hash(windows), result)
-
-
-def _compare_all(records: list[ModelRecord], cells: list[list[Cell]], against: str) -> list[list[Cell]]:
-    """Return the cells [models][tasks] with their comparison to the model called `against`."""
-    parent = next(index for index, record in enumerate(records) if record.name == against)
-    return [
-        row
-        if index == parent
-        else [
-            _compare(cell, other, against, same_vocabulary=records[index].vocabulary == records[parent].vocabulary)
-            for cell, other in zip(row, cells[parent], strict=True)
-        ]
-        for index, row in enumerate(cells)
-    ]
-
-
-def _compare(cell: Cell, other: Cell, against: str, *, same_vocabulary: bool) -> Cell:
-    from secateur.evaluation.perplexity import compare_perplexity
-
-    if cell.result is None or other.result is None:
-        return cell
-    # A trimmed vocabulary may split text into the same pieces, but shares its probability among fewer.
-    comparable = same_vocabulary and cell.text_sha256 == other.text_sha256
-    return replace(cell, comparison=compare_perplexity(cell.result, other.result, against, comparable=comparable))
-
-
-def _text_hash(windows: "list[Window]") -> str:
-    digest = hashlib.sha256()
-    for window in windows:
-        digest.update(f"{window.document}\0{len(window.token_ids)}\0".encode())
-        digest.update(window.token_ids.astype("<i8").tobytes())
-    return digest.hexdigest()
+@contextmanager
+def _folder(output: Path | None, settings: dict[str, Any], *, resumable: bool) -> Iterator[Path | None]:
+    """Give the folder for results, or None; `resumable` for one in which interrupted work is gone on with."""
+    if output is None:
+        yield None
+    elif not resumable:
+        with atomic_folder(output) as folder:
+            yield folder
+    else:
+        with working_folder(output, settings) as folder:
+            yield folder
 
 
 def _hashes(folder: "ModelFolder") -> dict[str, str]:
@@ -192,10 +170,3 @@ def _versions() -> dict[str, str]:
 
     modules = {"secateur": secateur, "torch": torch, "transformers": transformers, "numpy": numpy}
     return {name: str(module.__version__) for name, module in modules.items()} | {"python": platform.python_version()}
-
-
-def _write(evaluation: Evaluation, output: Path) -> None:
-    from secateur.files import atomic_folder
-
-    with atomic_folder(output) as partial:
-        (partial / "results.json").write_text(evaluation.to_json(), encoding="utf-8")

@@ -71,7 +71,8 @@ def make_plan(
     parsed = _parse_tasks(tasks)
     folders, against_name = _resolve(models, against)
     length = min([WINDOW_LENGTH, *(_positions(folder) for folder in folders.values())])
-    corpora, missing = _find_corpora(parsed, data, skip_missing)
+    with_text = [task for task in parsed if not task.has_answers]
+    corpora, missing = _find_corpora(with_text, data, skip_missing)
 
     def windows(task: Task, tokenizer: "PreTrainedTokenizerBase") -> "list[Window]":
         options = {"window_length": length, "windows_per_document": WINDOWS_PER_DOCUMENT}
@@ -80,7 +81,7 @@ def make_plan(
     subjects = []
     for name, folder in folders.items():
         tokenizer = load_tokenizer(folder)
-        text = {task.name: missing.get(task.name) or windows(task, tokenizer) for task in parsed}
+        text = {task.name: missing.get(task.name) or windows(task, tokenizer) for task in with_text}
         subjects.append(Subject(name, folder, text))
     _check_common_documents(subjects, against_name)
     return Plan(tuple(parsed), tuple(subjects), against_name, corpora, length)
@@ -92,6 +93,9 @@ def check_arguments(models: Sequence[str | Path], tasks: Sequence[str], limit: i
         raise ConfigError("models and tasks are lists; put a single name into one")
     if not models or not tasks:
         raise ConfigError("nothing to evaluate: name at least one model and one task, such as perplexity:python")
+    parsed = _parse_tasks(tasks)
+    if output is None and any(task.has_answers for task in parsed):
+        raise ConfigError("answers of models are kept: name a folder for them with -o")
     if limit < 2:
         raise ConfigError(f"the limit is {limit} tokens; at least 2 are needed to predict one")
     if output is not None and (output.exists() or output.is_symlink()):

@@ -2,10 +2,11 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from secateur.evaluation.perplexity import PerplexityComparison, PerplexityResult
+from secateur.evaluation.scores import Scores, ScoresComparison
 
 if TYPE_CHECKING:
     from secateur.calibration.documents import Provenance
@@ -47,7 +48,8 @@ class Cell:
     task, model
         Their names.
     text_sha256
-        Hash of the documents' names and token ids that were measured; empty where there were none.
+        Hash of the documents' names and token ids that were measured, or of a benchmark's file; empty where there were
+        none.
     result
         The figures, or None where there was no text.
     comparison
@@ -59,8 +61,8 @@ class Cell:
     task: str
     model: str
     text_sha256: str = ""
-    result: PerplexityResult | None = None
-    comparison: PerplexityComparison | None = None
+    result: PerplexityResult | Scores | None = None
+    comparison: PerplexityComparison | ScoresComparison | None = None
     missing: str | None = None
 
 
@@ -80,8 +82,11 @@ class Evaluation:
         One for each task and model.
     corpora
         For each task the sources of its text; empty where there was none.
+    benchmarks
+        For each task that runs programs: file, hash, problems, compiler or interpreter.
     settings
-        Tokens for each domain, window length in tokens, windows for each document, device, threads.
+        Tokens for each domain, window length in tokens, windows for each document, device, threads; how models were
+        asked for programs.
     versions
         Of the software that ran.
     """
@@ -93,6 +98,7 @@ class Evaluation:
     corpora: dict[str, tuple["Provenance", ...]]
     settings: dict[str, Any]
     versions: dict[str, str]
+    benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def cell(self, task: str, model: str) -> Cell:
         """Return the cell of a task and a model; raises `KeyError` when either was not evaluated."""
@@ -105,7 +111,7 @@ class Evaluation:
         """Return plain JSON data; a number that is not finite becomes None."""
         data: dict[str, Any] = _finite(asdict(self))
         for cell, plain in zip(self.cells, data["cells"], strict=True):
-            if cell.result is not None:
+            if isinstance(cell.result, PerplexityResult):
                 result = cell.result
                 counts = {"n_documents": result.n_documents, "n_tokens": result.n_tokens, "n_bytes": result.n_bytes}
                 plain["result"] = counts | plain["result"]

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from secateur.evaluation.perplexity import PerplexityComparison, PerplexityResult
+from secateur.evaluation.proportions import Share
+from secateur.evaluation.scores import Scores, ScoresComparison
 
 if TYPE_CHECKING:
     from secateur.evaluation.results import Cell, Evaluation
@@ -20,15 +22,36 @@ def render(evaluation: "Evaluation") -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [GAP.join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, GAP.join("-" * width for width in widths))
-    return "\n".join([*lines, *_notes(evaluation)]) + "\n"
+    return "\n".join([*lines, *notes(evaluation)]) + "\n"
 
 
 def format_cell(cell: "Cell") -> str:
     """Return `7.36 ± 0.21`, with the ratio to the other model where there is one; `-` where there was no text."""
     if cell.result is None:
         return "-"
-    text = format_perplexity(cell.result)
-    return text if cell.comparison is None else f"{text}  {format_comparison(cell.comparison)}"
+    text = format_scores(cell.result) if isinstance(cell.result, Scores) else format_perplexity(cell.result)
+    if isinstance(cell.comparison, PerplexityComparison):
+        text += f"  {format_comparison(cell.comparison)}"
+    elif cell.comparison is not None:
+        text += f"  {format_difference(cell.comparison)}"
+    return text
+
+
+def format_scores(scores: Scores) -> str:
+    """Return `61.0% [53, 68]`, the mean with its 95% interval."""
+    return _percent(scores.main, "{:.1f}")
+
+
+def format_difference(comparison: ScoresComparison) -> str:
+    """Return `-12.2 [-18, -6], p 0.003`: points, and the corrected p-value."""
+    one = comparison.paired
+    p_value = one.p_value if comparison.p_corrected is None else comparison.p_corrected
+    small = "p < 0.001" if p_value < 0.001 else f"p {p_value:.3f}"
+    return f"{_percent(one.difference, '{:+.1f}').replace('%', '')}, {small}"
+
+
+def _percent(share: Share, form: str) -> str:
+    return f"{form.format(100 * share.value)}% [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
 
 def format_perplexity(result: PerplexityResult) -> str:
@@ -58,11 +81,14 @@ def _ratio(value: float) -> str:
     return f"{value:#.3g}".removesuffix(".")
 
 
-def _notes(evaluation: "Evaluation") -> list[str]:
-    comparisons = [cell.comparison for cell in evaluation.cells if cell.comparison is not None]
+def notes(evaluation: "Evaluation") -> list[str]:
+    """Return what the figures mean, a line each, behind an empty one; or nothing."""
+    comparisons = [cell.comparison for cell in evaluation.cells if isinstance(cell.comparison, PerplexityComparison)]
+    results = [cell.result for cell in evaluation.cells if isinstance(cell.result, PerplexityResult)]
     notes = []
-    if any(cell.result is not None and cell.result.standard_error is not None for cell in evaluation.cells):
+    if any(result.standard_error is not None for result in results):
         notes.append("±: one standard error, over documents")
+    notes += _score_notes(evaluation)
     if any(comparison.comparable for comparison in comparisons):
         notes.append(f"x: perplexity over that of {evaluation.against} on the same documents [95% interval]")
     if any(not comparison.comparable for comparison in comparisons):
@@ -72,3 +98,25 @@ def _notes(evaluation: "Evaluation") -> list[str]:
         )
     reasons = {f"-: no text for {cell.task}: {cell.missing}": None for cell in evaluation.cells if cell.missing}
     return ["", *notes, *reasons] if notes or reasons else []
+
+
+def _score_notes(evaluation: "Evaluation") -> list[str]:
+    found = [(cell.task, cell.result) for cell in evaluation.cells if isinstance(cell.result, Scores)]
+    if not found:
+        return []
+    metrics: dict[str, list[str]] = {}
+    for task, scores in found:
+        tasks = metrics.setdefault(scores.metric, [])
+        tasks += [task] if task not in tasks else []
+    lines = [f"%: {metric} of {', '.join(tasks)} [95% interval]" for metric, tasks in metrics.items()]
+    styles = sorted({scores.style for _, scores in found if scores.style})
+    lines += [f"asked: {', '.join(styles)}"] if styles else []
+    if any(isinstance(cell.comparison, ScoresComparison) for cell in evaluation.cells):
+        lines.append(
+            f"+-: points more or less than {evaluation.against} on the same problems [95% interval], "
+            "p corrected for how many comparisons there are"
+        )
+    failed = sum(scores.outcomes.get("sandbox_failure", 0) for _, scores in found)
+    if failed:
+        lines.append(f"{failed} answers were not run: their sandbox could not be set up; the figures are too low")
+    return lines

@@ -1,12 +1,20 @@
-"""What can be measured, by name. A task is called `KIND:DOMAIN`; this version knows one kind, perplexity."""
+"""What can be measured, by name: `perplexity:DOMAIN`, and benchmarks whose answers are programs."""
 
 from dataclasses import dataclass
 
 from secateur.errors import UnknownNameError
 from secateur.registry import Registry, unknown_name
 
+PERPLEXITY, INFILL = "perplexity", "infill"
+
 KINDS: Registry[str] = Registry("task")
-KINDS.add("perplexity", "perplexity of held-out text of a domain, with its standard error over documents")
+KINDS.add(PERPLEXITY, "perplexity of held-out text of a domain, with its standard error over documents")
+KINDS.add(INFILL, "lines and stretches taken out of held-out files of a domain; share that is put back exactly")
+KINDS.add("humaneval", "164 functions in Python from their docstrings; share of answers that pass the checks")
+KINDS.add("mbpp", "500 short programs in Python from a sentence and three examples")
+KINDS.add("multipl-e", "HumanEval in another language: multipl-e:java, :cpp, :javascript, :python")
+_OF_DOMAINS = (PERPLEXITY, INFILL)
+_LANGUAGES = {"multipl-e": ("java", "cpp", "javascript", "python")}
 
 
 @dataclass(frozen=True)
@@ -17,12 +25,25 @@ class Task:
     ----------
     name
         As the user called it, e.g. `perplexity:python`.
+    kind
+        One of `KINDS`.
     domain
-        Name of a domain, or a path to text.
+        Name of a domain, or a path to text; of a benchmark its language, or empty.
     """
 
     name: str
+    kind: str
     domain: str
+
+    @property
+    def runs_programs(self) -> bool:
+        """Whether answers are programs, which are run."""
+        return self.kind not in _OF_DOMAINS
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether a model writes answers, which are kept."""
+        return self.kind != PERPLEXITY
 
 
 def parse_task(name: str, domains: list[str]) -> Task:
@@ -31,18 +52,36 @@ def parse_task(name: str, domains: list[str]) -> Task:
     Parameters
     ----------
     name
-        `perplexity:DOMAIN`. Whether a domain has text is not looked at here: it may be a path.
+        `perplexity:DOMAIN`, `humaneval`, `multipl-e:java`, ... Whether a domain has text is not looked at here: it may
+        be a path.
     domains
         Known domains, for the message.
 
     Raises
     ------
     UnknownNameError
-        When there is no such kind of task, or no domain is named.
+        When there is no such kind of task, or no domain or language is named.
     """
-    kind, separator, domain = name.partition(":")
-    if kind in KINDS and not domain:
+    kind, _, domain = name.partition(":")
+    if kind not in KINDS or (domain and kind not in _OF_DOMAINS and domain not in _LANGUAGES.get(kind, ())):
+        raise UnknownNameError(unknown_name("task", name, task_names(domains)))
+    if kind in _OF_DOMAINS and not domain:
         raise UnknownNameError(f"task {name!r} names no domain; write for example '{kind}:python'")
-    if kind not in KINDS or not separator:
-        raise UnknownNameError(unknown_name("task", name, [f"{known}:{item}" for known in KINDS for item in domains]))
-    return Task(name, domain)
+    if kind in _LANGUAGES and not domain:
+        raise UnknownNameError(f"task {name!r} names no language; write for example '{kind}:java'")
+    return Task(name, kind, domain)
+
+
+def task_names(domains: list[str]) -> list[str]:
+    """Return the names of all tasks, of those that are about text for the given domains."""
+    inner = {**dict.fromkeys(_OF_DOMAINS, domains), **_LANGUAGES}
+    return [name for kind in KINDS for name in ([f"{kind}:{one}" for one in inner[kind]] if kind in inner else [kind])]
+
+
+def describe_tasks(domains: dict[str, str]) -> list[dict[str, str]]:
+    """Return name and description of every task; `domains` are those of perplexity with what they are."""
+    rows = [
+        {"name": f"{PERPLEXITY}:{name}", "what": f"perplexity of held-out text: {domains[name]}"} for name in domains
+    ]
+    others = [f"{INFILL}:DOMAIN", *task_names([])]
+    return rows + [{"name": name, "what": KINDS.get(name.partition(":")[0])} for name in others]

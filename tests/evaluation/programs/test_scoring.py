@@ -1,0 +1,344 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from secateur.errors import ConfigError, CorpusError, OutputError, SandboxError, UnknownNameError
+from secateur.evaluation.programs.benchmarks import BENCHMARKS, load_benchmark
+from secateur.evaluation.programs.checking import check, check_toolchain
+from secateur.evaluation.programs.installed import outside_usr
+from secateur.evaluation.programs.journal import Journal, encode
+from secateur.evaluation.programs.languages import toolchain
+from secateur.evaluation.programs.program import Program, Verdict
+from secateur.evaluation.programs.score import score
+from secateur.evaluation.programs.scoring import Scorer
+from secateur.evaluation.sandbox.box import Job
+from secateur.evaluation.sandbox.running import Sandbox, Unconfined
+from secateur.files import sha256_file
+from tests.evaluation.programs.mini import RECORDS, save_mini, save_samples
+
+RIGHT = [(number, record["canonical_solution"]) for number, record in enumerate(RECORDS)]
+MIXED = [
+    *RIGHT[:2],
+    (2, "    return a + b\n"),
+    (3, "    return a +\n"),
+    (4, "    raise OSError(a)\n"),
+    (5, "    import os; os.abort()\n"),
+]
+
+
+HONEST = {
+    "java": (
+        "import java.util.*;\nimport org.javatuples.*;\nclass Problem {\n"
+        "    public static Pair<Long, Long> ends(ArrayList<Long> a) {\n"
+        "        return Pair.with(a.get(0), a.get({index}));\n",
+        "    }\n    public static void main(String[] args) {\n"
+        "        assert(ends(new ArrayList<Long>(Arrays.asList(1l, 2l, 3l))).equals(Pair.with(1l, 3l)));\n    }\n}\n",
+    ),
+    "cpp": (
+        "#include<assert.h>\n#include<bits/stdc++.h>\nlong last(std::vector<long> a) {\n    return a[{index}];",
+        "}\nint main() {\n    auto candidate = last;\n    assert(candidate({1, 2, 3}) == (3));\n}\n",
+    ),
+    "javascript": (
+        "//The last entry.\nfunction last(a) {\n  return [a[{index}]];\n}",
+        "const assert = require('node:assert');\n"
+        "function test() {\n  assert.deepEqual(last([1, 2, 3]), [3]);\n}\ntest();",
+    ),
+    "python": ("def last(a):\n    return a[{index}]\n", "assert last([1, 2, 3]) == 3\n"),
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    return save_mini(tmp_path / "data")
+
+
+pytestmark = pytest.mark.usefixtures("sandbox")
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_answer_has_its_outcome(data, tmp_path):
+    samples = save_samples(tmp_path / "samples.jsonl", MIXED)
+    found = score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["outcome"] for line in lines] == ["passed", "passed", "wrong", "compile_error", "error", "crash"]
+    assert [line["passed"] for line in lines] == [True, True, False, False, False, False]
+    assert lines[4]["detail"] == "OSError: 1"
+    assert found["pass@1"]["value"] == pytest.approx(2 / 6)
+    assert found == json.loads((tmp_path / "out" / "summary.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["files"] == {
+        name: sha256_file(tmp_path / "out" / name) for name in ("results.jsonl", "summary.json")
+    }
+
+
+def test_scoring_twice_writes_the_same_bytes_whatever_the_workers(data, tmp_path):
+    samples = save_samples(tmp_path / "samples.jsonl", MIXED)
+    for workers in (1, 3):
+        score(samples, "humaneval", tmp_path / f"{workers}", run_generated_code=True, data=data, workers=workers)
+    assert files(tmp_path / "1") == files(tmp_path / "3")
+
+
+def test_an_interrupted_scoring_goes_on_to_the_same_bytes(data, tmp_path):
+    samples = save_samples(tmp_path / "samples.jsonl", MIXED)
+    arguments = {"run_generated_code": True, "data": data, "workers": 1}
+    score(samples, "humaneval", tmp_path / "whole", **arguments)
+
+    def stop(_task, done, _total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(samples, "humaneval", tmp_path / "cut", **arguments, progress=stop)
+    partial = tmp_path / "cut.partial" / "results.jsonl"
+    assert len(partial.read_text().splitlines()) == 3
+    with partial.open("a") as file:
+        file.write('{"task_id":"HumanEval/3","sam')  # what a kill in the middle of a write leaves
+    seen = []
+    score(samples, "humaneval", tmp_path / "cut", **arguments, progress=lambda _, done, total: seen.append(done))
+    assert seen == [3, 4, 5, 6]
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert not (tmp_path / "cut.partial").exists()
+
+
+def test_work_begun_on_other_samples_is_not_gone_on_with(data, tmp_path):
+    samples = save_samples(tmp_path / "samples.jsonl", MIXED)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data, progress=stop)
+    other = save_samples(tmp_path / "other.jsonl", RIGHT)
+    with pytest.raises(ConfigError, match="samples_sha256"):
+        score(other, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
+
+
+def test_several_answers_to_a_problem_are_told_apart(data, tmp_path):
+    answers = [(0, RIGHT[0][1]), (0, "    return 0\n"), (1, RIGHT[1][1]), (1, RIGHT[1][1])]
+    samples = save_samples(tmp_path / "samples.jsonl", answers)
+    found = score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
+    assert (found["problems"], found["problems_of_task"], found["samples"]) == (2, 6, 4)
+    assert found["pass@1"]["value"] == pytest.approx(0.75)
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sample"] for line in lines] == [0, 1, 0, 1]
+
+
+def test_nothing_runs_unless_it_is_allowed(data, tmp_path, monkeypatch):
+    samples = save_samples(tmp_path / "samples.jsonl", RIGHT)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("something was started"))
+    with pytest.raises(ConfigError, match="--run-generated-code"):
+        score(samples, "humaneval", tmp_path / "out", data=data)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("missing", ["bwrap", "prlimit"])
+def test_without_a_sandbox_nothing_runs(data, tmp_path, monkeypatch, missing):
+    samples = save_samples(tmp_path / "samples.jsonl", RIGHT)
+    which = shutil.which
+    monkeypatch.setattr("shutil.which", lambda name: None if name == missing else which(name))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("something was started"))
+    with pytest.raises(SandboxError, match="not installed"):
+        score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
+
+
+def test_a_sandbox_that_cannot_be_set_up_is_found_at_once(tmp_path, monkeypatch):
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr("secateur.evaluation.sandbox.box.bubblewrap", lambda: str(broken))
+    with pytest.raises(SandboxError, match="Permission denied"):
+        Sandbox()
+
+
+@pytest.mark.parametrize("language", HONEST)
+def test_without_a_sandbox_programs_of_each_language_run_too(language, toolchain_of):
+    code, checks = HONEST[language]
+    for index, outcome in (("2", "passed"), ("1", "wrong")):
+        program = Program(language, code.replace("{index}", index), checks)
+        assert check(program, toolchain_of(language), Unconfined(), scale=2).outcome == outcome
+
+
+def test_a_toolchain_that_tells_nothing_apart_is_refused(sandbox, monkeypatch):
+    tools = toolchain("python")
+    check_toolchain(tools, sandbox)
+    monkeypatch.setattr(type(tools), "job", lambda *_: Job(("/bin/true",)))
+    with pytest.raises(SandboxError, match="ended as no_verdict"):
+        check_toolchain(tools, sandbox)
+
+
+def test_a_home_is_never_shown(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    (tmp_path / "me" / "node").mkdir(parents=True)
+    assert outside_usr(tmp_path / "me" / "node", Path("/usr/lib")) == (tmp_path / "me" / "node",)
+    for folder in (tmp_path / "me", tmp_path, Path("/")):
+        with pytest.raises(SandboxError, match="your own files"):
+            outside_usr(folder)
+
+
+def test_sets_have_the_same_order_each_time(sandbox):
+    program = Program("python", "x = list({'p', 'q', 'r', 's', 't'})\n", "raise ValueError(''.join(x))\n")
+    assert len({check(program, toolchain("python"), sandbox).detail for _ in range(4)}) == 1
+
+
+@pytest.mark.parametrize("language", HONEST)
+def test_half_a_surrogate_is_no_program(language, sandbox, toolchain_of):
+    code, checks = HONEST[language]
+    program = Program(language, code.replace("{index}", "2") + "\ud800", checks)
+    assert check(program, toolchain_of(language), sandbox, scale=2).outcome != "passed"
+
+
+def test_what_ends_at_a_limit_has_no_detail(sandbox):
+    program = Program("python", "import sys\nn = 0\nwhile True:\n    n += 1\n    print(n, file=sys.stderr)\n", "")
+    verdict = check(program, toolchain("python"), sandbox, scale=0.2)
+    assert (verdict.outcome in ("timeout", "output"), verdict.detail) == (True, "")
+
+
+def test_a_program_may_close_its_outputs(sandbox):
+    program = Program("python", "import sys\nsys.stdout.close()\nsys.stderr = None\n", "assert True\n")
+    assert check(program, toolchain("python"), sandbox).passed
+
+
+def test_lines_end_at_line_feeds_alone(data, tmp_path):
+    samples = save_samples(tmp_path / "samples.jsonl", [])
+    with Journal(samples) as journal:
+        journal.keep(0)
+        journal.append([{"task_id": "HumanEval/0", "completion": "    return a + b  # \u2028 \x85 \ud800\n"}])
+    found = score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
+    assert found["samples"] == 1
+
+
+@pytest.mark.parametrize("left", ["manifest.json.partial-1-x", "summary.json.partial-1-x"])
+def test_half_written_files_are_no_hindrance(data, tmp_path, left):
+    samples = save_samples(tmp_path / "samples.jsonl", RIGHT[:2])
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / left).write_text("{")
+    score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "results.jsonl",
+        "summary.json",
+    ]
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_kill_before_the_last_step_is_gone_on_from(data, tmp_path, monkeypatch):
+    samples = save_samples(tmp_path / "samples.jsonl", MIXED)
+    score(samples, "humaneval", tmp_path / "whole", run_generated_code=True, data=data)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score(samples, "humaneval", tmp_path / "cut", run_generated_code=True, data=data)
+    score(samples, "humaneval", tmp_path / "cut", run_generated_code=True, data=data)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_answers_whose_sandbox_failed_are_run_again(data, tmp_path, monkeypatch):
+    samples = save_samples(tmp_path / "samples.jsonl", RIGHT[:3])
+    real, count = Scorer._run, []
+
+    def run(self, sample):
+        count.append(1)
+        if len(count) == 2:
+            return Verdict("sandbox_failure", "bwrap: no", 0.0)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return real(self, sample)
+
+    monkeypatch.setattr(Scorer, "_run", run)
+    options = {"run_generated_code": True, "data": data, "workers": 1}
+    with pytest.raises(KeyboardInterrupt):
+        score(samples, "humaneval", tmp_path / "out", **options)
+    found = score(samples, "humaneval", tmp_path / "out", **options)
+    assert found["outcomes"] == {"passed": 3}
+
+
+def test_a_sandbox_that_fails_later_is_counted_apart(sandbox, monkeypatch):
+    monkeypatch.setattr("secateur.evaluation.sandbox.box._namespaces", lambda: ["--no-such-option"])
+    verdict = check(Program("python", "x = 1", "assert x == 1\n"), toolchain("python"), sandbox)
+    assert verdict.outcome == "sandbox_failure"
+
+
+def test_unsafe_runs_without_a_sandbox_and_keeps_limits():
+    tools, runner = toolchain("python"), Unconfined()
+    assert check(Program("python", "x = 1", "assert x == 1\n"), tools, runner).passed
+    endless = Program("python", "while True: pass\n", "")
+    assert check(endless, tools, runner, scale=0.2).outcome == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("no json", "line 2: not JSON"),
+        ("[1]", "line 2: expected an object"),
+        ('{"task_id": "HumanEval/0"}', "line 2: task_id and completion are strings"),
+        ('{"task_id": "HumanEval/99", "completion": ""}', "no problem 'HumanEval/99'"),
+    ],
+)
+def test_a_bad_line_of_samples_is_named(data, tmp_path, line, message):
+    samples = save_samples(tmp_path / "samples.jsonl", RIGHT[:1])
+    samples.write_text(samples.read_text() + line + "\n")
+    with pytest.raises(ConfigError, match=message):
+        score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_is_there_is_kept(data, tmp_path):
+    samples = save_samples(tmp_path / "samples.jsonl", RIGHT)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists"):
+        score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
+
+
+def test_unknown_and_missing_benchmarks(data, tmp_path, monkeypatch):
+    with pytest.raises(UnknownNameError, match="humaneval"):
+        load_benchmark("humanevil", data)
+    with pytest.raises(CorpusError, match=r"mbpp.jsonl.*--data"):
+        load_benchmark("mbpp", data)
+    (data / "benchmarks" / "humaneval" / "HumanEval.jsonl").write_text('{"task_id": 1}\n')
+    with pytest.raises(CorpusError, match="no problems of humaneval"):
+        load_benchmark("humaneval", data)
+
+
+def test_a_journal_keeps_whole_lines_alone(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    records = [{"text": "é\ud800\n", "n": 1}, {"text": "", "n": 2}]
+    with Journal(path) as journal:
+        journal.append(records)
+    path.write_bytes(path.read_bytes() + encode({"n": 3})[:-1])
+    with Journal(path) as journal:
+        assert journal.records == records
+        journal.append([{"n": 3}])
+        journal.keep(2)
+        journal.append([{"n": 4}])
+    with Journal(path) as journal:
+        assert journal.records == [*records, {"n": 4}]
+
+
+@pytest.mark.parametrize("answer", [None, "    return None\n"])
+def test_the_solutions_of_humaneval_pass_and_others_do_not(answer, sandbox):
+    loaded, tools = load_benchmark("humaneval", None), toolchain("python")
+    problems = list(loaded.problems.values())
+    assert len(problems) == 164
+    passed = [check(one.program(answer or one.solution), tools, sandbox, scale=2).passed for one in problems]
+    assert passed == [answer is None] * len(problems)
+
+
+@pytest.mark.parametrize("language", HONEST)
+@pytest.mark.parametrize(("index", "outcome"), [("2", "passed"), ("1", "wrong"), ("2 +", "compile_error")])
+def test_programs_of_each_language(language, index, outcome, sandbox, toolchain_of):
+    code, checks = HONEST[language]
+    program = Program(language, code.replace("{index}", index), checks)
+    assert check(program, toolchain_of(language), sandbox, scale=2).outcome == outcome
+
+
+def test_every_benchmark_has_a_language_that_can_be_run():
+    assert {one.language for one in BENCHMARKS.values()} == {"python", "java", "cpp", "javascript"}
