@@ -23,17 +23,21 @@ from secateur.files import release_freed_memory
 from secateur.models.products import fast_products
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
-from secateur.pruning.budgets import GROWTH, share_that_is_pruned
+from secateur.pruning.budgets import share_that_is_pruned
 from secateur.pruning.divergence import TOKENS, mean_divergence, spread_logits, summing_squares, wanda_pruned
 from secateur.pruning.masks import Target
 from secateur.pruning.method import Method
 from secateur.pruning.methods import METHODS
 
 _HALF = 0.5
-# Of what Wanda loses at 50%: what the same sparsity costs with a method that has a Gram matrix, and what rounding
-# costs on top of any sparsity, with such a method and without.
-_GRAM_SHARE = 0.33
-_ROUNDING = {"base": (0.0, 0.0), "int8": (0.003, 0.003), "int4": (0.11, 0.16)}
+# Over the square root of what half of the weights cost with Wanda (where that is twice as much, these are hardly more):
+# what half of them cost with a method that has a Gram matrix, and what rounding costs on top of any sparsity, with such
+# a method and without. Below what was measured all is taken to be in proportion.
+_GRAM = 0.18
+_ROUNDING = {"base": (0.0, 0.0), "int8": (0.002, 0.002), "int4": (0.06, 0.13)}
+_LEAST_MEASURED = 0.2
+# By how much the logarithm of what is lost grows from sparsity 0 to 1, with a Gram matrix and without.
+_GROWTH, _WANDAS_GROWTH = 7.0, 8.5
 # The same of int4 by its groups: what a scale for more or fewer inputs costs, beside that for 64.
 _GROUPS = {32: 0.75, 64: 1.0, 128: 1.3}
 _BY_BITS = ("base", "int8", "int4")
@@ -57,13 +61,14 @@ class Prices:
     def of(self, recipe: Recipe) -> float:
         """Return what a recipe is expected to lose."""
         method = METHODS.get(recipe.method)
-        share = _GRAM_SHARE if method.needs_gram else 1.0
         pruned, sparsity = 1.0, recipe.sparsity
         if recipe.budget == "packed" and recipe.values != "base":
             pruned, sparsity = share_that_is_pruned(sparsity, INTEGER_BITS[recipe.values])
-        pruning = share * pruned * math.exp(GROWTH * (sparsity - _HALF)) if recipe.sparsity else 0.0
+        root = math.sqrt(max(self.halving, _LEAST_MEASURED)) * min(1.0, self.halving / _LEAST_MEASURED)
+        half, growth = (_GRAM * root, _GROWTH) if method.needs_gram else (self.halving, _WANDAS_GROWTH)
+        pruning = pruned * half * math.exp(growth * (sparsity - _HALF)) if recipe.sparsity else 0.0
         embedding = self.small_embedding if _has_small_embedding(recipe) else 0.0
-        return self.halving * (pruning + self._rounding(recipe, method)) + embedding
+        return pruning + root * self._rounding(recipe, method) + embedding
 
     @staticmethod
     def _rounding(recipe: Recipe, method: Method) -> float:
