@@ -86,6 +86,7 @@ def test_an_answer_ends_where_the_function_does():
     assert problem.cut("    return 1\n\ndef other():\n") == "    return 1\n"
     assert problem.cut("    return 1\n```\nThat is all.") == "    return 1"
     assert problem.cut("    return 1\n") == "    return 1\n"
+    assert problem.cut("```\nThat is all.") == ""
 
 
 def test_fewer_problems_are_those_of_the_same_numbers():

@@ -60,5 +60,7 @@ class Problem:
 
     def cut(self, completion: str) -> str:
         """Return an answer up to the first string at which it ends."""
+        if completion.startswith(FENCE.lstrip()):  # the code block ends where the answer begins
+            return ""
         places = [completion.find(stop) for stop in (*self.stop, FENCE)]
         return completion[: min((place for place in places if place >= 0), default=len(completion))]
