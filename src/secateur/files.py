@@ -4,6 +4,7 @@ Lies beside `errors` and knows nothing about models.
 """
 
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
@@ -41,6 +42,12 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # the name is too long, or its folder may not be looked into
         return False
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, says that a disk or a quota is full."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or (error is not None and disk_is_full(error.__cause__))
 
 
 def check_writable(target: Path) -> None:

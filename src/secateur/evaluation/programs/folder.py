@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from secateur.checkpoint.format import dump_json, read_json
 from secateur.errors import CheckpointError, ConfigError, OutputError
-from secateur.files import atomic_write_bytes, check_writable, make_parents, sha256_file
+from secateur.files import atomic_write_bytes, check_writable, disk_is_full, make_parents, sha256_file
 
 MANIFEST = "manifest.json"
 RESERVED = (MANIFEST, "results.json")  # names that no folder of a model may have
@@ -51,6 +51,12 @@ def working_folder(output: Path, settings: dict[str, Any]) -> Iterator[Path]:
         atomic_write_bytes(folder / MANIFEST, dump_json({**wanted, "files": hashes}))
         _refuse_existing(output)
         folder.rename(output)
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        raise OutputError(
+            f"the disk is full; what is finished is in {str(folder)!r}: make room, and the same command goes on with it"
+        ) from None
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
