@@ -80,6 +80,9 @@ class Recipe(BaseModel):
     first_token_weight
         As how many tokens the first one of each sequence counts in a Gram matrix, and in what is measured to share out
         bytes, 1 or more; without effect on what `wanda` removes.
+    vocabulary
+        How many tokens are kept: those that every text needs and those that the domains need most. The rows of the
+        others leave embedding and head, and text that had them is split into more. None keeps all.
     recover
         Tokens of the domains' text that the pruned model learns from, in whole sequences; 0: it does not.
     """
@@ -102,6 +105,7 @@ class Recipe(BaseModel):
     group_size: Annotated[GroupSize | None, Field(validate_default=True)] = None
     embedding_values: EmbeddingValues = "int8"
     trim_vocabulary: bool = False
+    vocabulary: Annotated[int | None, Field(ge=1)] = None
     recover: Annotated[int, Field(ge=0)] = 0
     correction: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = DEFAULT_CORRECTION
     first_token_weight: Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)] = DEFAULT_FIRST_TOKEN_WEIGHT

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from secateur.calibration import shortlist
+from secateur.calibration import domain_tokens, shortlist
 from secateur.calibration.documents import Document
 from secateur.calibration.shortlist import choose_tokens
 from secateur.errors import CorpusError
@@ -123,16 +123,16 @@ def test_no_held_out_text_is_no_coverage_and_no_text_is_an_error(domain, monkeyp
 
 
 def test_of_a_large_corpus_a_seeded_part_is_read(domain, monkeypatch):
-    monkeypatch.setattr(shortlist, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(domain_tokens, "MAX_CHARACTERS", 1000)
     read = []
-    real = shortlist._encoded
+    real = domain_tokens.encoded
 
     def encoded(texts, tokenizer):
         texts = list(texts)
         read.append(texts)
         return real(texts, tokenizer)
 
-    monkeypatch.setattr(shortlist, "_encoded", encoded)
+    monkeypatch.setattr(shortlist, "encoded", encoded)
     for seed in (0, 0, 1):
         choose(domain, word_tokenizer(WORDS), seed=seed)
     first, again, other = read[0], read[3], read[6]

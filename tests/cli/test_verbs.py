@@ -65,6 +65,7 @@ def test_derive_as_json_with_a_recipe_and_a_flag_that_wins(inputs, work, capsys)
         "group_size": None,
         "embedding_values": "int8",
         "trim_vocabulary": False,
+        "vocabulary": None,
         "recover": 0,
         "correction": 0.5,
         "first_token_weight": 100.0,

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from secateur.errors import ConfigError, CorpusError, ModelError, OutputError, SecateurError, UnknownNameError
 from secateur.evaluation.harness import evaluate
 from secateur.evaluation.measuring import Measuring
+from tests.calibration.texts import word_tokenizer
 from tests.tiny import save_tiny
 
 
@@ -147,3 +149,46 @@ def test_an_error_on_the_way_leaves_nothing_behind(base, text, tmp_path):
     with pytest.raises(ModelError, match="not finite"):
         evaluate([base, broken], [f"perplexity:{text}"], limit=600, output=tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.fixture(scope="module")
+def worded(base, tmp_path_factory):
+    """The base's weights with another tokenizer, which has words."""
+    folder = tmp_path_factory.mktemp("models") / "worded"
+    shutil.copytree(base, folder)
+    word_tokenizer(["def", "function", "return", "value"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("against", [0, 1, None])
+def test_models_with_other_tokenizers_read_the_same_text(base, worded, text, against):
+    models, task = [base, worded], f"perplexity:{text}"
+    evaluation = evaluate(models, [task], against=None if against is None else models[against], limit=2000)
+    plain, other = (evaluation.cell(task, str(one)) for one in models)
+    documents = [[document.document for document in cell.result.documents] for cell in (plain, other)]
+    assert documents[0] == documents[1]
+    assert other.result.n_tokens < plain.result.n_tokens
+    # Neither predicts its first token, and those of the other are longer: at most `return ` a window.
+    for one, two in zip(plain.result.documents, other.result.documents, strict=True):
+        assert 0 <= one.n_bytes - two.n_bytes <= 2 * len("function")
+    drawn = (plain, other)[against or 0].result
+    assert sum(cell.result.n_tokens for cell in (plain, other) if cell.result is drawn) <= 2000
+    if against is not None:
+        comparison = (other, plain)[against].comparison
+        assert not comparison.comparable
+        difference = (other, plain)[against].result.bits_per_byte - (plain, other)[against].result.bits_per_byte
+        assert comparison.bits_per_byte.value == pytest.approx(difference)
+
+
+def test_windows_are_shorter_where_a_tokenizer_needs_more_tokens_than_its_model_takes(base, text, tmp_path):
+    """Drawn in words, of which there are fewer than letters."""
+    task = f"perplexity:{text}"
+    letters, words = tmp_path / "letters", tmp_path / "words"
+    shutil.copytree(base, letters)
+    shutil.copytree(base, words)
+    word_tokenizer(["def", "function", "return", "value"]).save_pretrained(words)
+    config = json.loads((letters / "config.json").read_text())
+    (letters / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    evaluation = evaluate([words, letters], [task], limit=500)
+    assert evaluation.settings["window_length"] < 64
+    assert evaluation.cell(task, str(letters)).result.n_tokens > 100

@@ -1,5 +1,6 @@
 """Windows of held-out text, on which perplexity is measured."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ class Window:
     """A stretch of one held-out file.
 
     `token_ids` is int64 [length], from BOS on if the tokenizer uses one. The first token is context, the others are
-    predicted: `n_bytes` counts the UTF-8 bytes of their text, for bits per byte.
+    predicted: `n_bytes` counts the UTF-8 bytes of their text, for bits per byte. `text` is that of all tokens but BOS.
     """
 
     document: str
     token_ids: NDArray[np.int64]
     n_bytes: int
+    text: str = ""
 
 
 def held_out_windows(
@@ -82,13 +84,28 @@ def held_out_windows(
         if len(begin) + room < 2:
             break
         fitted = span if len(span.token_ids) <= room else _first_tokens(span, tokenizer, room)
-        token_ids = np.array([*begin, *fitted.token_ids], dtype=np.int64)
-        if len(token_ids) >= 2:
-            total += len(token_ids)
-            windows.append(Window(span.document, token_ids, _predicted_bytes(fitted, tokenizer, has_begin=bool(begin))))
+        window = _window(fitted, tokenizer, begin)
+        if len(window.token_ids) >= 2:
+            total += len(window.token_ids)
+            windows.append(window)
     if not windows:
         raise CorpusError(f"the held-out text of domain {domain!r} is too short to predict anything: add text")
     return windows
+
+
+def in_other_tokens(windows: Sequence[Window], tokenizer: Tokenizer) -> list[Window]:
+    """Return windows of the same text in the tokens of another tokenizer; those that predict nothing then are gone."""
+    begin, found = begin_tokens(tokenizer), []
+    for window in windows:
+        token_ids = [int(token) for token in tokenizer(window.text, add_special_tokens=False).input_ids]
+        found.append(_window(Span(window.document, window.text, token_ids), tokenizer, begin))
+    return [window for window in found if len(window.token_ids) >= 2]
+
+
+def _window(span: Span, tokenizer: Tokenizer, begin: list[int]) -> Window:
+    token_ids = np.array([*begin, *span.token_ids], dtype=np.int64)
+    n_bytes = _predicted_bytes(span, tokenizer, has_begin=bool(begin)) if len(token_ids) >= 2 else 0
+    return Window(span.document, token_ids, n_bytes, span.text)
 
 
 def _first_tokens(span: Span, tokenizer: Tokenizer, limit: int) -> Span:

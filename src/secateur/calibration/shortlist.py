@@ -6,28 +6,23 @@ the tokenizer was made from.
 """
 
 import hashlib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers.pre_tokenizers import ByteLevel
 
 from secateur.calibration.corpora import domain_key, load_corpus
-from secateur.calibration.documents import HELD_OUT, TRAIN, Document, Provenance
+from secateur.calibration.documents import HELD_OUT, TRAIN, Provenance
+from secateur.calibration.domain_tokens import chat_texts, encoded, indispensable, sample, vocabulary_texts
 from secateur.calibration.mixture import Mixture
-from secateur.calibration.spans import no_length_warning, random_numbers
 from secateur.errors import CorpusError, ModelError
 
 # Covers 99.2% to 99.9% of the tokens of held-out files in four languages, where the text's own tokens cover 97.5% to
 # 99.7%.
 SHARE = 0.4
-MAX_CHARACTERS = 32_000_000  # of each domain: about half a minute
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of sentencepiece; those of byte-level tokenizers are its alphabet
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +93,14 @@ def choose_tokens(
     used = np.zeros(vocabulary, dtype=np.bool_)
     corpora = {domain: load_corpus(domain, TRAIN, data) for domain, _ in mixture}
     for domain, corpus in corpora.items():
-        for token_ids in _encoded(_sample(corpus.documents, seed, domain_key(domain)), tokenizer):
+        for token_ids in encoded(sample(corpus.documents, seed, domain_key(domain)), tokenizer):
             _mark(used, token_ids)
     if not used.any():  # transformers makes an empty tokenizer where a model has none
         raise ModelError("the model's tokenizer finds no token in the text: put a tokenizer.json beside its weights")
-    for token_ids in _encoded(_chat_texts(tokenizer), tokenizer):
+    for token_ids in encoded(chat_texts(tokenizer), tokenizer):
         _mark(used, token_ids)
-    words = _vocabulary_texts(tokenizer)
-    _mark(used, [*always, *_indispensable(tokenizer, words)])
+    words = vocabulary_texts(tokenizer)
+    _mark(used, [*always, *indispensable(tokenizer, words)])
     room = max(0, int(SHARE * vocabulary) - int(used.sum()))
     plain = np.array(sorted(i for i, text in words.items() if i < vocabulary and text.isascii() and not used[i]), int)
     used[plain[:room]] = True
@@ -119,61 +114,13 @@ def _mark(used: NDArray[np.bool_], token_ids: Iterable[int]) -> None:
     used[found[(found >= 0) & (found < len(used))]] = True  # a tokenizer may know more than the model has rows for
 
 
-def _sample(documents: Sequence[Document], seed: int, key: str) -> Iterator[str]:
-    """Yield texts in a seeded order until there are enough characters."""
-    draws = random_numbers(seed, f"shortlist of {key}", len(documents))
-    left = MAX_CHARACTERS
-    for index in sorted(range(len(documents)), key=draws.__getitem__):
-        if left <= 0:
-            return
-        left -= len(documents[index].text)
-        yield documents[index].text
-
-
-def _encoded(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    with no_length_warning():
-        for text in texts:
-            yield list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _chat_texts(tokenizer: Any) -> Iterator[str]:
-    """Yield a chat as the tokenizer's template renders it, and the words in the template itself."""
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        return
-    yield from template.values() if isinstance(template, dict) else [template]
-    for roles in (ROLES, ROLES[1:]):
-        messages = [{"role": role, "content": "x"} for role in roles]
-        for open_end in (True, False):
-            try:
-                yield tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end)
-            except Exception:  # noqa: BLE001, S112 - a template raises what it likes about roles that it does not know
-                continue
-
-
-def _vocabulary_texts(tokenizer: Any) -> dict[int, str]:
-    """Return what each token stands for, alone; a part of a character is no ASCII."""
-    return {index: tokenizer.convert_tokens_to_string([token]) for token, index in tokenizer.get_vocab().items()}
-
-
-def _indispensable(tokenizer: Any, words: dict[int, str]) -> Iterator[int]:
-    """Yield special and added tokens, the single bytes, and the tokens of white space, which indent lines."""
-    alphabet = set(ByteLevel.alphabet())
-    yield from tokenizer.all_special_ids
-    yield from tokenizer.get_added_vocab().values()
-    for token, index in tokenizer.get_vocab().items():
-        if token in alphabet or BYTE_TOKEN.fullmatch(token):
-            yield index
-    yield from (index for index, text in words.items() if text and not text.strip())
-
-
 def _coverage(domain: str, tokenizer: Any, used: NDArray[np.bool_], seed: int, data: Path | None) -> float | None:
     try:
         held_out = load_corpus(domain, HELD_OUT, data)
     except CorpusError:  # a folder of one file has no other one to hold out
         return None
     covered = total = 0
-    for token_ids in _encoded(_sample(held_out.documents, seed, domain_key(domain)), tokenizer):
+    for token_ids in encoded(sample(held_out.documents, seed, domain_key(domain)), tokenizer):
         found = np.array(token_ids, dtype=np.int64)
         total += len(found)
         covered += int(used[found[found < len(used)]].sum())

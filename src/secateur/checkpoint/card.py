@@ -43,6 +43,7 @@ its parent, most of all outside the domain it was derived for.
 _TRIMMED = (
     "\n| head | computes {tokens:,} of {vocabulary:,} tokens{coverage}: an answer holds no others, a prompt may |"
 )
+_FEWER = "\n| vocabulary | {tokens:,} of {of:,} tokens{more}: text that had others is split into more |"
 _RECOVERED = (
     "\n| recovery | learnt the parent's probabilities on {samples} x {sequence_length} tokens, SHA-256 `{sha256}` |"
 )
@@ -67,7 +68,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         method=recipe["method"],
         granularity=recipe["granularity"],
         budget=recipe["budget"],
-        head=_describe_head(manifest.get("shortlist")),
+        head=_describe_vocabulary(manifest.get("vocabulary")) + _describe_head(manifest.get("shortlist")),
         values=manifest["values"] + (f", groups of {groups}" if groups else ""),
         outside=f"{outside}, {_LEARNT if 'recovery' in manifest else _SCALED if groups else _SAME}",
         samples=recipe["samples"],
@@ -77,6 +78,21 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         recovery=_RECOVERED.format(**manifest["recovery"]) if "recovery" in manifest else "",
         sources=sources,
     )
+
+
+def _describe_vocabulary(vocabulary: Mapping[str, Any] | None) -> str:
+    return "" if vocabulary is None else _FEWER.format(**{**vocabulary, "more": describe_more_tokens(vocabulary)})
+
+
+def describe_more_tokens(vocabulary: object) -> str:
+    """Return what a manifest says of the tokens that held-out text takes more, in brackets; or nothing."""
+    more = vocabulary.get("more_tokens") if isinstance(vocabulary, Mapping) else None
+    parts = [
+        f"{share:.2%} more for held-out {domain}"
+        for domain, share in (more.items() if isinstance(more, Mapping) else ())
+        if isinstance(share, float)
+    ]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _describe_head(shortlist: Mapping[str, Any] | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from secateur.checkpoint.bitmask import SUFFIXES
-from secateur.checkpoint.card import describe_coverage
+from secateur.checkpoint.card import describe_coverage, describe_more_tokens
 from secateur.checkpoint.format import CARD, MANIFEST, Stored, check_quantization_config, read_json
 from secateur.errors import CheckpointError
 from secateur.files import is_file, sha256_file
@@ -74,6 +74,7 @@ class Inspection:
             *self._describe_recovery(),
             f"kept           {kept:,} of {size:,} prunable weights (sparsity {manifest['sparsity']:.4f})",
             f"values         {self._describe_values()}, {self.bits_per_weight:.2f} bits for each prunable weight",
+            *self._describe_vocabulary(),
             *self._describe_shortlist(),
             f"files          {'all match their SHA-256' if self.verified else 'hashes not compared (--verify does)'}",
             "",
@@ -99,6 +100,13 @@ class Inspection:
         whole, total = len(self.stored.unmasked), len(self.stored.pruned.shapes)
         some = f", {whole} of {total} weights" if whole < total else ","
         return "".join(texts) + (f"{some} without a bitmask" if whole else "")
+
+    def _describe_vocabulary(self) -> list[str]:
+        vocabulary = self.manifest.get("vocabulary")
+        if not isinstance(vocabulary, dict):
+            return []
+        more = describe_more_tokens(vocabulary)
+        return [f"vocabulary     {vocabulary.get('tokens')} of {vocabulary.get('of')} tokens{more}"]
 
     def _describe_shortlist(self) -> list[str]:
         if self.stored.shortlist is None:

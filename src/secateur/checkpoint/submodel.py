@@ -62,6 +62,8 @@ class Provenance:
         How many tokens a trimmed head computes, which, and what they cover; None when it computes all.
     recovery
         The text that it learnt from after it was pruned; None when it did not.
+    vocabulary
+        How many tokens it has of how many of the base model, and which; None when it has all.
     """
 
     base_model: Mapping[str, Any]
@@ -71,6 +73,7 @@ class Provenance:
     dtype: str
     shortlist: Mapping[str, Any] | None = None
     recovery: Mapping[str, Any] | None = None
+    vocabulary: Mapping[str, Any] | None = None
 
 
 def finish_submodel(
@@ -111,10 +114,9 @@ def finish_submodel(
         "layers": [layer.to_dict() for layer in layers],
         "versions": dict(provenance.versions),
     }
-    if provenance.shortlist is not None:
-        manifest["shortlist"] = dict(provenance.shortlist)
-    if provenance.recovery is not None:
-        manifest["recovery"] = dict(provenance.recovery)
+    for name in ("shortlist", "recovery", "vocabulary"):
+        if (record := getattr(provenance, name)) is not None:
+            manifest[name] = dict(record)
     atomic_write_bytes(folder / CARD, model_card(manifest).encode())
     hashed = sorted(path.name for path in folder.iterdir() if path.name not in NOT_HASHED)
     manifest["files"] = {name: sha256_file(folder / name) for name in hashed}

@@ -61,6 +61,10 @@ def derive(
             show_default="no-trim-vocabulary",
         ),
     ] = None,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(help="Keep so many tokens, those the domain needs most; the file is smaller.", show_default="all"),
+    ] = None,
     correction: Annotated[
         float | None,
         typer.Option(help="admm: share of earlier errors that weights make up for.", show_default="0.5"),
@@ -100,6 +104,7 @@ def derive(
         "group_size": group_size,
         "embedding_values": embedding_values,
         "trim_vocabulary": trim_vocabulary,
+        "vocabulary": vocabulary,
         "correction": correction,
         "first_token_weight": first_token_weight,
         "recover": recover,

@@ -3,7 +3,7 @@
 Every name, option and piece of text is looked at here, so that a mistake costs seconds and not the hours after it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,26 +65,57 @@ def make_plan(
     skip_missing: bool,
 ) -> Plan:
     """Resolve every name and tokenise every text; parameters and errors are those of `evaluate`."""
-    from secateur.calibration.held_out import held_out_windows
     from secateur.models.source import load_tokenizer
 
     parsed = _parse_tasks(tasks)
     folders, against_name = _resolve(models, against)
-    length = min([WINDOW_LENGTH, *(_positions(folder) for folder in folders.values())])
+    positions = {name: _positions(folder) for name, folder in folders.items()}
     with_text = [task for task in parsed if not task.has_answers]
     corpora, missing = _find_corpora(with_text, data, skip_missing)
 
-    def windows(task: Task, tokenizer: "PreTrainedTokenizerBase") -> "list[Window]":
-        options = {"window_length": length, "windows_per_document": WINDOWS_PER_DOCUMENT}
-        return held_out_windows(task.domain, tokenizer, max_tokens=limit, data=data, **options)
-
-    subjects = []
-    for name, folder in folders.items():
-        tokenizer = load_tokenizer(folder)
-        text = {task.name: missing.get(task.name) or windows(task, tokenizer) for task in with_text}
-        subjects.append(Subject(name, folder, text))
-    _check_common_documents(subjects, against_name)
+    tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items()}
+    drawn = [task for task in with_text if task.name not in missing]
+    length = min([WINDOW_LENGTH, *positions.values()])
+    text = _draw(drawn, tokenizers, against_name, limit, length, data)
+    while (longest := _longest_beyond(text, positions)) is not None:
+        length = max(2, min(length - 1, length * positions[longest[0]] // longest[1]))
+        text = _draw(drawn, tokenizers, against_name, limit, length, data)
+    subjects = [Subject(name, folder, {**missing, **text[name]}) for name, folder in folders.items()]
     return Plan(tuple(parsed), tuple(subjects), against_name, corpora, length)
+
+
+def _draw(  # noqa: PLR0917
+    tasks: Sequence[Task],
+    tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
+    against: str | None,
+    limit: int,
+    length: int,
+    data: Path | None,
+) -> "dict[str, dict[str, list[Window] | str]]":
+    """Return the windows of each model and task: the same text for all, drawn in the tokens of the one to compare with.
+
+    Without one it is the first model's tokenizer that decides where windows end.
+    """
+    from secateur.calibration.held_out import held_out_windows, in_other_tokens
+
+    reference = tokenizers[against if against is not None else next(iter(tokenizers))]
+    options = {"max_tokens": limit, "window_length": length, "windows_per_document": WINDOWS_PER_DOCUMENT}
+    drawn = {task.name: held_out_windows(task.domain, reference, data=data, **options) for task in tasks}
+    return {
+        name: {task: in_other_tokens(windows, tokenizer) for task, windows in drawn.items()}
+        for name, tokenizer in tokenizers.items()
+    }
+
+
+def _longest_beyond(
+    text: "Mapping[str, Mapping[str, list[Window] | str]]", positions: Mapping[str, int]
+) -> tuple[str, int] | None:
+    """Return a model and the tokens of a window that are more than it takes; None where all are taken."""
+    for name, by_task in text.items():
+        lengths = [len(one.token_ids) for windows in by_task.values() for one in windows if not isinstance(one, str)]
+        if max(lengths, default=0) > positions[name]:
+            return name, max(lengths)
+    return None
 
 
 def check_arguments(models: Sequence[str | Path], tasks: Sequence[str], limit: int, output: Path | None) -> None:
@@ -163,17 +194,3 @@ def _find_corpora(
             found[task.name] = ()
             missing[task.name] = str(error)
     return found, missing
-
-
-def _check_common_documents(subjects: list[Subject], against: str | None) -> None:
-    """Refuse a limit so low that two tokenizers reach no document in common, before any model runs."""
-    parent = next((subject for subject in subjects if subject.name == against), None)
-    if parent is None:
-        return
-    for subject in subjects:
-        for task, windows in subject.text.items():
-            others = parent.text[task]
-            if isinstance(windows, str) or isinstance(others, str):
-                continue
-            if {window.document for window in windows}.isdisjoint(window.document for window in others):
-                raise CorpusError(f"{subject.name} and {against} share no document of {task}; raise the token limit")

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,22 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 @dataclass(frozen=True)
+class Trimming:
+    """What tokens were taken away from, see `models.vocabulary`.
+
+    Attributes
+    ----------
+    origin
+        Folder of the model with all its tokens.
+    record
+        What a manifest says: how many `tokens` are left `of` how many, and the `sha256` of their old ids.
+    """
+
+    origin: Path
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class ModelFolder:
     """A model on disk.
 
@@ -43,10 +59,17 @@ class ModelFolder:
         A folder with config.json, safetensors and tokenizer files.
     name
         What the user called it; for a GGUF the stem of the file.
+    trimming
+        Where it comes from when it is another model with fewer tokens; None for a model as its user has it.
     """
 
     path: Path
     name: str
+    trimming: "Trimming | None" = None
+
+    def whole(self) -> "ModelFolder":
+        """Return the model that this one was made from: itself, or the one with all tokens."""
+        return self if self.trimming is None else ModelFolder(self.trimming.origin, self.name)
 
     def weight_files(self) -> list[Path]:
         """Return the safetensors files, sorted: model.safetensors, or the shards that the index names."""

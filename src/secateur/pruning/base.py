@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -119,7 +120,12 @@ class Base:
 
     def named_tokens(self) -> list[int]:
         """Return the tokens that config and generation_config name, such as those that end a text."""
-        contents = [read_json(path) for name in TOKEN_FILES if (path := self.folder.path / name).exists()]
-        named = [value for content in contents for key, value in content.items() if key.endswith("_token_id")]
-        listed = [one for value in named for one in (value if isinstance(value, list) else [value])]
-        return [one for one in listed if type(one) is int]
+        return named_tokens(self.folder.path)
+
+
+def named_tokens(folder: Path) -> list[int]:
+    """Return the tokens that config and generation_config in a model's folder name, such as those that end a text."""
+    contents = [read_json(path) for name in TOKEN_FILES if (path := folder / name).exists()]
+    named = [value for content in contents for key, value in content.items() if key.endswith("_token_id")]
+    listed = [one for value in named for one in (value if isinstance(value, list) else [value])]
+    return [one for one in listed if type(one) is int]

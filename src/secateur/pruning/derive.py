@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from secateur.calibration.mixture import domain_items, parse_mixture
 from secateur.calibration.packing import CalibrationSet, build_calibration_set, token_ids_hash
@@ -18,6 +19,7 @@ from secateur.errors import ConfigError, CorpusError
 from secateur.files import check_writable, sha256_file
 from secateur.models.device import checked_device, limited_threads
 from secateur.models.source import ModelFolder, load_tokenizer, resolve_model
+from secateur.models.weights import load_skeleton
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS
 from secateur.pruning.execution import Execution
@@ -30,6 +32,7 @@ from secateur.pruning.size import Footprint
 from secateur.pruning.sizing import best_way, sized_recipes
 from secateur.pruning.texts import Texts, check_length
 from secateur.pruning.trials import check_kept, check_search, clear, open_trials, search_folder, searched
+from secateur.pruning.vocabulary import with_vocabulary
 from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder
 
 
@@ -109,7 +112,8 @@ def derive(
     Parameters
     ----------
     model
-        A Hugging Face folder, a GGUF file, a hub id, `demo`, or a resolved folder.
+        A Hugging Face folder, a GGUF file, a hub id, `demo`, or a resolved folder, which
+        `secateur.pruning.vocabulary.with_vocabulary` may have given fewer tokens.
     calibration
         Token ids [samples, sequence_length] of the base model's tokenizer, and where they come from.
     output
@@ -164,6 +168,7 @@ def derive(
             "group_size": group_size,
             "embedding_values": embedding_values,
             "trim_vocabulary": trim_vocabulary,
+            "vocabulary": None if folder.trimming is None else folder.trimming.record["tokens"],
             "correction": correction,
             "first_token_weight": first_token_weight,
             "recover": 0 if recovery is None else recovery.token_ids.size,
@@ -206,6 +211,10 @@ def derive_recipe(
             check_search(Path(os.path.normpath(output)), resume=False)
     check_writable(Path(output))
     folder = resolve_model(recipe.model)
+    if recipe.vocabulary is not None:
+        progress("tokens", 0, 1)
+        folder = with_vocabulary(folder, mixture, recipe.vocabulary, seed=recipe.seed, data=data)
+        progress("tokens", 1, 1)
     base = Base.open(folder)
     sized = sized_recipes(base, recipe)
     check_length(base.model, recipe.sequence_length)
@@ -314,7 +323,7 @@ def _plan(
     execution: Execution,
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the result, as plain JSON."""
-    folder = base.folder
+    folder = base.folder.whole()
     names = ("config.json", "model.safetensors.index.json")
     files = [*folder.weight_files(), *(folder.path / name for name in names if (folder.path / name).exists())]
     hashes = {}
@@ -326,7 +335,7 @@ def _plan(
         "recipe": recipe.to_dict(),
         "base_model": {
             "name": folder.name,
-            "parameters": sum(parameter.numel() for parameter in base.model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in _whole_model(base).parameters()),
             "files": hashes,
         },
         **texts.described(),
@@ -336,4 +345,11 @@ def _plan(
     }
     if shortlist is not None:
         plan["shortlist"] = shortlist.to_dict()
+    if base.folder.trimming is not None:
+        plan["vocabulary"] = dict(base.folder.trimming.record)
     return plan
+
+
+def _whole_model(base: Base) -> PreTrainedModel:
+    """Return the skeleton of the model that the user has named."""
+    return base.model if base.folder.trimming is None else load_skeleton(base.folder.whole())

@@ -314,6 +314,7 @@ class Job:
             str(self.base.dtype()).removeprefix("torch."),
             self.plan.get("shortlist"),
             self.plan.get("recovery"),
+            self.plan.get("vocabulary"),
         )
         shards = [shard_name(number, total) for number in range(1, total + 1)]
         return finish_submodel(self.workspace.folder, self.base.folder.path, shards, stored, provenance)

@@ -37,6 +37,7 @@ _LATER_OPTIONS = {
     "group_size": None,
     "embedding_values": "int8",
     "trim_vocabulary": False,
+    "vocabulary": None,
     "recover": 0,
     "correction": 0.5,
     "first_token_weight": 1.0,

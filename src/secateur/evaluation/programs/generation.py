@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from secateur.errors import ConfigError
@@ -75,7 +76,7 @@ def generate(
     Answers are in the order of the problems, those to one problem one after the other. A journal that has some already
     is gone on with from its last whole batch, because what is computed together decides on the last digits.
     """
-    prompts = _Prompts(model, asking.chosen(model))
+    prompts = Prompts(model.path, asking.chosen(model))
     for problem in problems:  # one that is too long is better found now than after hours
         encode_prompt(prompts.of(problem), model.backend.codec, asking.max_new_tokens, model.backend.max_positions)
     wanted = [(problem, number) for problem in problems for number in range(asking.samples)]
@@ -108,13 +109,14 @@ def _by_stop(batch: Sequence[tuple[Problem, int]]) -> Iterator[tuple[tuple[str, 
     yield from found.items()
 
 
-class _Prompts:
-    """What a model is given for a problem."""
+class Prompts:
+    """What a model, in a folder of its own, is given for a problem."""
 
-    def __init__(self, model: LoadedModel, style: str) -> None:
-        self.tokenizer = load_tokenizer(model.path) if style == "chat" else None
+    def __init__(self, model: Path, style: str) -> None:
+        self.tokenizer = load_tokenizer(model) if style == "chat" else None
 
     def of(self, problem: Problem) -> str:
+        """Return what stands before the answer, as text."""
         if self.tokenizer is None:
             return problem.prompt
         turns = [{"role": "user", "content": problem.question()}]

@@ -1,0 +1,130 @@
+"""Derivations with fewer tokens: what is recorded, what opens it, going on after an interruption."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.checkpoint.export import export
+from secateur.checkpoint.format import CARD, MANIFEST, read_json
+from secateur.checkpoint.inspect import inspect
+from secateur.config import make_recipe
+from secateur.errors import ConfigError, OutputError
+from secateur.files import sha256_file
+from secateur.models.source import ModelFolder, load_tokenizer
+from secateur.pruning.base import Base
+from secateur.pruning.derive import derive, derive_recipe
+from secateur.pruning.size import Footprint
+from secateur.pruning.vocabulary import with_vocabulary
+from tests.calibration.texts import word_tokenizer
+from tests.pruning.tiny_derivation import Interrupt, contents
+from tests.tiny import tiny_model
+
+WORDS = ["value", "while", "return", "unseen", "    "]
+SIZE, KEPT = 300, 268
+TEXT = "while value: return value\n"
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(20):
+        (folder / f"{number}.py").write_text("".join(f"while value{line}: {TEXT}" for line in range(40 + number)))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def base(request, tmp_path_factory):
+    """A tied and an untied model."""
+    folder = tmp_path_factory.mktemp("vocabulary") / "base"
+    tokenizer = word_tokenizer(WORDS)
+    named = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    model = tiny_model(request.param, vocab_size=SIZE, dtype=torch.bfloat16, **named)
+    for key, value in named.items():
+        setattr(model.generation_config, key, value)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe(base, text, **options):
+    settings = {"vocabulary": KEPT, "samples": 4, "sequence_length": 32, "method": "wanda"}
+    return make_recipe({"model": str(base), "for": str(text), **settings, **options})
+
+
+def test_a_sub_model_has_the_tokens_and_the_weights_of_its_parent(base, text, tmp_path):
+    done = derive_recipe(recipe(base, text, sparsity=0.0), output=tmp_path / "out", threads=1)
+    record = done.manifest["vocabulary"]
+    assert (record["tokens"], record["of"]) == (KEPT, SIZE)
+    assert 0 < record["more_tokens"][str(text)] < 1
+    tokenizer, old = load_tokenizer(tmp_path / "out"), load_tokenizer(base)
+    assert "value" in tokenizer.tokenize(TEXT)
+    assert "unseen" in old.tokenize("unseen")
+    assert "unseen" not in tokenizer.tokenize("unseen")
+
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    parent = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert opened.config.vocab_size == KEPT
+    rows = old.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(range(KEPT)))
+    for name, weight in opened.state_dict().items():
+        whole = parent.state_dict()[name]
+        assert torch.equal(weight, whole[rows] if len(whole) == SIZE else whole)
+
+    manifest = read_json(tmp_path / "out" / MANIFEST)["base_model"]
+    assert manifest["files"]["model.safetensors"] == sha256_file(base / "model.safetensors")  # of the whole parent
+    assert manifest["parameters"] == sum(one.numel() for one in parent.parameters())
+    assert f"{KEPT} of {SIZE} tokens" in (tmp_path / "out" / CARD).read_text()
+    assert f"{KEPT} of {SIZE} tokens" in inspect(tmp_path / "out", verify=True).describe()
+
+
+@pytest.mark.parametrize("values", ["base", "int4"])
+def test_engines_agree_and_exports_keep_the_tokens(base, text, tmp_path, values):
+    derive_recipe(recipe(base, text, values=values), output=tmp_path / "out", threads=1)
+    native, torch_ = (secateur.load(tmp_path / "out", engine=engine) for engine in ("native", "torch"))
+    options = {"max_new_tokens": 3, "ignore_eos": True}
+    assert native.generate("while value", **options) == torch_.generate("while value", **options)
+    export(tmp_path / "out", output=tmp_path / "dense")
+    assert read_json(tmp_path / "dense" / "config.json")["vocab_size"] == KEPT
+    assert load_tokenizer(tmp_path / "dense").tokenize("value") == ["value"]
+
+
+def test_a_size_is_reached_with_fewer_tokens_and_less_is_removed(base, text, tmp_path):
+    half = recipe(base, text, vocabulary=None, values="int8")
+    target = Footprint.of(Base.open(ModelFolder(base, "base"))).folder(half)
+    sized = recipe(base, text, values="int8", embedding_values="int8", target_size=target)
+    found = derive_recipe(sized, output=tmp_path / "out", threads=1)
+    assert sum(file.stat().st_size for file in found.path.iterdir()) <= target
+    assert found.manifest["recipe"]["sparsity"] < half.sparsity - 0.005
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(base, text, tmp_path):
+    asked = recipe(base, text, values="int8")
+    derive_recipe(asked, output=tmp_path / "whole", threads=1)
+
+    def stop(stage, done, _):
+        if (stage, done) == ("prune", 2):
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        derive_recipe(asked, output=tmp_path / "out", threads=1, progress=stop)
+    with pytest.raises(ConfigError, match="vocabulary"):
+        derive_recipe(
+            recipe(base, text, values="int8", vocabulary=KEPT + 1), output=tmp_path / "out", threads=1, resume=True
+        )
+    derive_recipe(asked, output=tmp_path / "out", threads=1, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    with pytest.raises(OutputError):
+        derive_recipe(asked, output=tmp_path / "out", threads=1)
+
+
+def test_from_python_a_model_is_given_fewer_tokens_first(base, text, tmp_path):
+    smaller = with_vocabulary(ModelFolder(base, str(base)), ((str(text), 1.0),), KEPT)
+    calibration = secateur.calibrate(str(text), load_tokenizer(smaller), samples=4, sequence_length=32)
+    derive(smaller, calibration, output=tmp_path / "out", method="wanda", threads=1)
+    derive_recipe(recipe(base, text), output=tmp_path / "other", threads=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "other")
