@@ -1,16 +1,18 @@
 """The page on which a person decides: bytes, decoding speed and quality of sub-models beside llama.cpp's own files.
 
     python benchmarks/frontier.py PARENT.gguf -o OUT [--for python] [--sizes 200MB 250MB 300MB] [--subs FOLDER ...] \\
-        [--types Q8_0 Q4_K_M Q2_K Q2_K/Q4_0 ...] [--smaller MODEL.gguf ...] [--samples 64] [--preset best]
+        [--types Q8_0 Q4_K_M Q2_K Q2_K/Q4_0 ...] [--smaller MODEL.gguf ...] [--samples 64] [--preset best] \\
+        [--vocabulary 48000] [--no-speed]
 
-For one parent and one domain: sub-models derived for each size (`secateur derive --target-size`) and those named with
-`--subs`; the parent quantised by llama.cpp to each type, with an importance matrix from the same calibration text (the
-mean squares of the inputs of each weight, which is what llama-imatrix computes); and smaller dense models. A type may
-name that of embedding and head behind a slash: without it llama.cpp gives them more bits, often Q8_0. Quality is
-bits per byte of the same held-out text, of the values as they are stored: llama.cpp's are unpacked and run by
-transformers, so that no rounding of activations is held against either side. Speed is one run of `secateur benchmark`
-in which all of them alternate. Writes OUT/NAME.json for each model, OUT/frontier.json and, where matplotlib is
-installed, OUT/frontier.svg, and prints the table. What is finished in OUT is used again; OUT/cache has converted files.
+For one parent and one domain: sub-models derived for each size (`secateur derive --target-size`, with as many tokens as
+`--vocabulary` says) and those named with `--subs`; the parent as it is, lossless by definition; the parent quantised by
+llama.cpp to each type, with an importance matrix from the same calibration text (the mean squares of the inputs of each
+weight, which is what llama-imatrix computes); and smaller dense models. A type may name that of embedding and head
+behind a slash: without it llama.cpp gives them more bits, often Q8_0. Quality is bits per byte of the same held-out
+text, drawn in the parent's tokens, of the values as they are stored: llama.cpp's are unpacked and run by transformers,
+so that no rounding of activations is held against either side. Speed is one run of `secateur benchmark` in which all of
+them alternate. Writes OUT/NAME.json for each model, OUT/frontier.json and, where matplotlib is installed,
+OUT/frontier.svg, and prints the table. What is finished in OUT is used again; OUT/cache has converted files.
 """
 
 import argparse
@@ -24,14 +26,17 @@ from transformers import AutoModelForCausalLM
 from watching import summed_inputs
 
 import secateur
+from secateur.calibration.held_out import held_out_windows, in_other_tokens
 from secateur.checkpoint.format import MANIFEST, dump_json, read_json
 from secateur.config import make_recipe
+from secateur.evaluation.perplexity import evaluate_perplexity
 from secateur.evaluation.speed import benchmark
 from secateur.files import atomic_file, atomic_write_bytes
 from secateur.models.gguf_names import tensor_sources
 from secateur.models.source import load_tokenizer, resolve_model
 from secateur.models.structure import find_blocks
 from secateur.pruning.derive import derive_recipe
+from secateur.runtime.loading import open_model
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ3_XS", "Q2_K", "Q4_0/Q4_0", "Q3_K_M/Q4_0", "Q2_K/Q4_0")
 GENERAL = "general"
@@ -94,9 +99,11 @@ def sub_models(options):
                 "preset": options.preset,
                 "target_size": size,
                 "samples": options.samples,
+                "vocabulary": options.vocabulary,
             }
         )
-        folder = options.output / f"sub-{size.replace(' ', '')}"
+        tokens = "" if options.vocabulary is None else f"-{options.vocabulary}"
+        folder = options.output / f"sub-{size.replace(' ', '')}{tokens}"
         derive_recipe(recipe, output=folder, data=options.data, resume=True, announce=print)
         found[folder.name] = folder
     return found
@@ -107,16 +114,20 @@ def bytes_of(path):
 
 
 def quality(options, name, path):
-    """Return {domain: bits per byte} of held-out text, and its standard error."""
+    """Return {domain: [bits per byte of held-out text, its tokens]}."""
     domains = dict.fromkeys([options.domain, GENERAL])
     settings = {"path": str(path), "bytes": bytes_of(path), "limit": options.limit, "domains": list(domains)}
 
     def make():
-        tasks = [f"perplexity:{one}" for one in domains]
-        evaluation = secateur.evaluate([path], tasks, limit=options.limit, data=options.data)
-        cells = {one: evaluation.cell(f"perplexity:{one}", evaluation.models[0].name).result for one in domains}
-        print(name, {one: round(cell.bits_per_byte, 4) for one, cell in cells.items()}, flush=True)
-        return {one: [cell.bits_per_byte, cell.perplexity] for one, cell in cells.items()}
+        folder = resolve_model(str(path))
+        reference, tokenizer, model = load_tokenizer(options.folder), load_tokenizer(folder), open_model(folder)
+        found = {}
+        for one in domains:
+            windows = held_out_windows(one, reference, max_tokens=options.limit, data=options.data)
+            result = evaluate_perplexity(model, in_other_tokens(windows, tokenizer), one)
+            found[one] = [result.bits_per_byte, result.n_tokens]
+        print(name, found, flush=True)
+        return found
 
     return cached(options.output / f"quality-{name.replace('/', '_')}.json", settings, make)
 
@@ -128,7 +139,9 @@ def described(path):
     manifest = read_json(path / MANIFEST)
     recipe = manifest["recipe"]
     embedding = "" if recipe["values"] == "base" else f", embedding {recipe['embedding_values']}"
-    return f"{recipe['method']}, {manifest['values']}, {manifest['sparsity']:.1%}{embedding}"
+    tokens = f", {recipe['vocabulary']:,} tokens" if recipe.get("vocabulary") else ""
+    groups = f" in groups of {recipe['group_size']}" if recipe["group_size"] else ""
+    return f"{manifest['values']}{groups}, {manifest['sparsity']:.1%} removed{embedding}{tokens}"
 
 
 def speeds(options, models):
@@ -181,17 +194,22 @@ def main():
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--limit", type=int, default=8000, help="tokens of held-out text of each domain")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, help="tokens of sub-models that are derived")
+    parser.add_argument("--no-speed", action="store_true", help="stop before models are timed: the machine is busy")
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     os.environ["SECATEUR_CACHE"] = str(options.output.resolve() / "cache")  # a converted file is larger than itself
+    options.folder = resolve_model(str(options.parent))
     kinds = {
         "secateur": sub_models(options),
-        "llama.cpp": {"parent": options.parent, **llama_files(options, resolve_model(str(options.parent)))},
+        "llama.cpp": {"parent": options.parent, **llama_files(options, options.folder)},
         "smaller": {path.stem: path for path in options.smaller},
     }
     models = {name: path for group in kinds.values() for name, path in group.items()}
     measured = {name: quality(options, name, path) for name, path in models.items()}
+    if options.no_speed:
+        return
     timed = speeds(options, models)
     rows = [
         {
@@ -200,7 +218,6 @@ def main():
             "what": described(path),
             "bytes": bytes_of(path),
             "bits": measured[name][options.domain][0],
-            "perplexity": measured[name][options.domain][1],
             "english": measured[name][GENERAL][0],
             "decode": timed["speeds"][str(path)]["decode"],
             "prefill": timed["speeds"][str(path)]["prefill 512"],
@@ -211,14 +228,14 @@ def main():
     rows.sort(key=lambda row: row["bytes"])
     atomic_write_bytes(options.output / "frontier.json", dump_json({"rows": rows, "machine": timed["machine"]}))
     print(f"\n{timed['machine']}, {timed['threads']} threads\n")
-    print(f"| | | MB | bits per byte, {options.domain} | perplexity | bits per byte, English | tokens/s | prompt 512 |")
+    lossless = measured["parent"][options.domain][0]
+    print(f"| | | MB | bits per byte, {options.domain} | beside the parent | English | tokens/s | prompt 512 |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        figures = [f"{row['bits']:.4f}", f"{row['perplexity']:.2f}", f"{row['english']:.4f}"]
+        figures = [f"{row['bits']:.4f}", f"{row['bits'] / lossless - 1:+.1%}", f"{row['english']:.4f}"]
         figures += [f"{row['decode']:.1f}", f"{row['prefill']:.0f}"]
-        print(
-            "| " + " | ".join([row["name"], row["what"] or row["kind"], f"{row['bytes'] / 1e6:.0f}", *figures]) + " |"
-        )
+        what = row["what"] or ("lossless" if row["name"] == "parent" else row["kind"])
+        print("| " + " | ".join([row["name"], what, f"{row['bytes'] / 1e6:.0f}", *figures]) + " |")
     draw(rows, options.domain, options.output / "frontier.svg")
 
 

@@ -106,7 +106,9 @@ class Inspection:
         if not isinstance(vocabulary, dict):
             return []
         more = describe_more_tokens(vocabulary)
-        return [f"vocabulary     {vocabulary.get('tokens')} of {vocabulary.get('of')} tokens{more}"]
+        counts = [vocabulary.get("tokens"), vocabulary.get("of")]
+        tokens, whole = (f"{count:,}" if isinstance(count, int) else str(count) for count in counts)
+        return [f"vocabulary     {tokens} of {whole} tokens{more}"]
 
     def _describe_shortlist(self) -> list[str]:
         if self.stored.shortlist is None:
