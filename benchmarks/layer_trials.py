@@ -153,9 +153,9 @@ def trial_of_bits(weight, statistics, sparsity):
         if share:
             kept, mask = pruned_by("admm", scaled, quiet, share)
         print(f"  {share:.0%} removed: {error(problem, kept * mask * problem.norms):.5f}")
-        codes = quantise(kept, mask, quiet.loudness(), bits=4, group_size=GROUP)
-        tool = rounding.settle(problem, kept, codes, mask, bits=4, group_size=GROUP)
-        ours = dequantise(tool, bits=4, group_size=GROUP) * problem.norms * mask
+        codes = quantise(kept, mask, quiet.loudness(), values="int4", group_size=GROUP)
+        tool = rounding.settle(problem, kept, codes, mask, values="int4", group_size=GROUP)
+        ours = dequantise(tool, values="int4", group_size=GROUP) * problem.norms * mask
         print(f"    int4 as in the tool: {error(problem, ours):.5f}")
         for name, levels in level_sets():
             scales = fitted_scales(kept, mask, quiet.loudness(), levels)

@@ -3,22 +3,22 @@
     python benchmarks/level_trials.py [MODEL] [--for python] [--samples 16] [--sparsity 0.5] [--group-size 64]
 
 Each weight is pruned with admm (at a sparsity of 0 it is only rounded) and its codes settle as in the tool: column by
-column (GPTQ), then by coordinate descent. `even` is -8..7, the tool's levels; `iq4_nl` those of llama.cpp's type of that
-name; `fitted` those that serve the weights of all the layers best (Lloyd's iteration, each weight counted by how loud its
-input is). Printed are errors of the layer's outputs, on the calibration text and, behind a slash, on other training text:
-over the error before rounding, or over the outputs' size where nothing was removed.
+column (GPTQ), then by coordinate descent. `even` is -8..7, the levels of int4; `iq4_nl` those of llama.cpp's type of
+that name, which nl4 has; `fitted` those that serve the weights of all the layers best (Lloyd's iteration, each weight
+counted by how loud its input is). Printed are errors of the layer's outputs, on the calibration text and, behind a
+slash, on other training text: over the error before rounding, or over the outputs' size where nothing was removed.
 """
 
 import argparse
 
 import torch
-from rounding_trials import BITS, OTHER_SEED, error
+from rounding_trials import OTHER_SEED, error
 from transformers import AutoModelForCausalLM
 from watching import products, summed_inputs
 
 import secateur
 from secateur.calibration.statistics import InputStatistics
-from secateur.checkpoint.quantise import RANGES
+from secateur.checkpoint.quantise import CODEBOOKS
 from secateur.models.source import load_tokenizer, resolve_model
 from secateur.pruning.equalise import column_exponents, louder
 from secateur.pruning.layer_problem import LayerProblem
@@ -26,10 +26,9 @@ from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
 
 LINEARS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
-EVEN = torch.arange(RANGES[BITS][0], RANGES[BITS][1] + 1).float()
-IQ4_NL = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]).float()
+EVEN, IQ4_NL = torch.arange(-8.0, 8.0), torch.tensor(CODEBOOKS["nl4"].levels).float()
 PEAKS = (0.8, 0.9, 1.0, 1.06, 1.15)  # where the outermost level is put, of the largest weight of a group
-BLOCK = 128
+BLOCK, SWEEPS = 128, 4
 
 
 def nearest(values, levels):
@@ -66,14 +65,14 @@ def search_scales(weight, mask, loudness, levels, group_size):
     return best[..., 0]
 
 
-def settled(problem, weight, mask, scales, levels, group_size, sweeps=4):
+def settled(problem, layer, scales, levels, group_size):
     """Return the weight with codes that make up for each other, as `secateur.pruning.rounding` finds them."""
     width, gram, upper = len(problem.gram), problem.gram, problem.factor()
     spread = scales.repeat_interleave(group_size, 1)[:, :width]
-    kept = mask.T.float().contiguous()
+    kept = layer["mask"].T.float().contiguous()
     steps = (spread * problem.norms).T.contiguous() * kept
     inverse = torch.where(steps != 0, 1 / torch.where(steps != 0, steps, 1.0), 0.0)
-    begin, codes = (weight * problem.norms).T.contiguous() * kept, torch.zeros_like(steps)
+    begin, codes = (layer["pruned"] * problem.norms).T.contiguous() * kept, torch.zeros_like(steps)
     for first in range(0, width, BLOCK):
         last = min(width, first + BLOCK)
         here, errors = begin[first:last], torch.empty_like(begin[first:last])
@@ -83,7 +82,7 @@ def settled(problem, weight, mask, scales, levels, group_size, sweeps=4):
             here[j + 1 - first :].addr_(upper[j, j + 1 : last], errors[j - first], alpha=-1)
         begin[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
     residual = (problem.aim - (codes * steps).T @ gram).T.contiguous()
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         for first in range(0, width, BLOCK):
             last = min(width, first + BLOCK)
             here, moves = residual[first:last].clone(), torch.empty_like(residual[first:last])
@@ -165,7 +164,7 @@ def main():
         for levels in kinds.values():
             pruned, mask, loudness = layer["pruned"], layer["mask"], layer["statistics"].loudness()
             scales = search_scales(pruned, mask, loudness, levels, options.group_size)
-            found = settled(problem, pruned, mask, scales, levels, options.group_size)
+            found = settled(problem, layer, scales, levels, options.group_size)
             pairs = zip(layer["grams"], layer["before"], strict=True)
             cells.append(" / ".join(f"{error(found, layer['weight'], gram) / one:.4f}" for gram, one in pairs))
         print(f"| {name.removeprefix('model.layers.')} | " + " | ".join(cells) + " |", flush=True)

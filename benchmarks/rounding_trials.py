@@ -17,7 +17,7 @@ from watching import products, summed_inputs
 
 import secateur
 from secateur.calibration.statistics import InputStatistics
-from secateur.checkpoint.quantise import OFFSETS, RANGES, Quantised, dequantise, quantise, spread_scales
+from secateur.checkpoint.quantise import CODEBOOKS, Quantised, dequantise, quantise, spread_scales
 from secateur.models.source import load_tokenizer, resolve_model
 from secateur.pruning import rounding
 from secateur.pruning.equalise import column_exponents, louder
@@ -26,7 +26,7 @@ from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
 
 LINEARS = ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-BITS, OTHER_SEED = 4, 77
+VALUES, OTHER_SEED = "int4", 77
 
 
 def error(found, weight, gram):
@@ -36,7 +36,7 @@ def error(found, weight, gram):
 
 def fitted_together(problem, codes, mask, group_size, rounds=3):
     """Fit all scales of a row to its codes by least squares, settle the codes again, and so on."""
-    found = (codes.codes.float() - OFFSETS[BITS]).T.contiguous()
+    found = CODEBOOKS[VALUES].numbers(codes.codes).T.contiguous()
     scales, width = codes.scales, len(problem.gram)
     groups = scales.shape[1]
     pad = (0, 0, 0, groups * group_size - width)
@@ -55,8 +55,8 @@ def fitted_together(problem, codes, mask, group_size, rounds=3):
         diagonal = normal.diagonal(dim1=1, dim2=2)
         normal += torch.diag_embed(torch.where(diagonal > 0, 1e-4 * diagonal, 1.0))
         scales = (scales.double() + torch.linalg.solve(normal, wanted)).to(torch.bfloat16)
-        found = rounding._descend(problem, found, steps(scales), RANGES[BITS], 2)
-    return Quantised((found.T + OFFSETS[BITS]).to(torch.uint8).contiguous(), scales)
+        found = rounding._descend(problem, found, steps(scales), CODEBOOKS[VALUES], 2)
+    return Quantised(CODEBOOKS[VALUES].codes(found.T.contiguous()), scales)
 
 
 def trials(weight, grams, tokens, sparsity, *, equalise):
@@ -72,7 +72,7 @@ def trials(weight, grams, tokens, sparsity, *, equalise):
     problem, damping = LayerProblem.of(weight, statistics, 0.0), damping_of(statistics)
 
     def shares(codes, group_size):
-        found = dequantise(codes, bits=BITS, group_size=group_size)
+        found = dequantise(codes, values=VALUES, group_size=group_size)
         return [error(found, weight, gram) / one for gram, one in zip(grams, before, strict=True)]
 
     def damped(times):
@@ -81,8 +81,8 @@ def trials(weight, grams, tokens, sparsity, *, equalise):
         return replace(problem, gram=gram, aim=problem.dense @ gram)
 
     def settled(group_size, of=problem):
-        near = quantise(pruned.weight, pruned.mask, statistics.loudness(), bits=BITS, group_size=group_size)
-        codes = rounding.settle(of, pruned.weight, near, pruned.mask, bits=BITS, group_size=group_size)
+        near = quantise(pruned.weight, pruned.mask, statistics.loudness(), values=VALUES, group_size=group_size)
+        codes = rounding.settle(of, pruned.weight, near, pruned.mask, values=VALUES, group_size=group_size)
         return near, codes
 
     near, codes = settled(64)

@@ -17,12 +17,13 @@ SCT_INLINE void copy_codes(const uint8_t *codes, int64_t count, int8_t *out) {
     for (int64_t i = 0; i < count; i += 32) store_32(out + i, _mm256_xor_si256(load_32(codes + i), offsets<false>()));
 }
 
+template <bool kCurved>
 SCT_INLINE void unpack_nibbles(const uint8_t *from, int64_t bytes, int8_t *to) {
-    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i low = _mm256_set1_epi8(15), levels = level_table();
     for (int64_t i = 0; i < bytes; i += 16) {
         __m256i wide = _mm256_cvtepu8_epi16(load_16(from + i));
         wide = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), low);
-        store_32(to + 2 * i, _mm256_sub_epi8(wide, offsets<true>()));
+        store_32(to + 2 * i, kCurved ? _mm256_shuffle_epi8(levels, wide) : _mm256_sub_epi8(wide, offsets<true>()));
     }
 }
 

@@ -52,6 +52,9 @@ RowsFunction choose(const sct_weight &w) {
         case SCT_INT4:
             if (!w.bitmask) return block_rows;  // as fast as nibbles behind a mask are here
             return narrow ? code_rows<T, true, false, true> : code_rows<T, true, false, false>;
+        case SCT_NL4:
+            if (!w.bitmask) return block_rows;
+            return narrow ? code_rows<T, false, false, true, true> : code_rows<T, false, false, false, true>;
         default:
             if (!w.bitmask) return narrow ? code_rows<T, false, true, true> : code_rows<T, false, true, false>;
             return narrow ? code_rows<T, false, false, true> : code_rows<T, false, false, false>;

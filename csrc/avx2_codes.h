@@ -189,14 +189,15 @@ SCT_INLINE void multiply_scales(const sct_weight &w, int64_t row, int64_t begin,
     }
 }
 
-template <int T, bool kNibbles, bool kDense, bool kNarrow>
+// kCurved: of nl4, which is int8 once it is unpacked.
+template <int T, bool kNibbles, bool kDense, bool kNarrow, bool kCurved = false>
 void code_rows(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin, int64_t row_end) {
     alignas(32) uint16_t entries[kPartWords * 8];
     alignas(32) float factors[T][kNarrow ? 2 * kPartWords : kPartWords];
     for (int64_t begin = 0; begin < in.words; begin += kPartWords) {
         int64_t words = min64(in.words - begin, kPartWords);
         PartInput<T, kNibbles, kNarrow> x(in, begin, words);
-        CodeReader<kNibbles> reader(w, begin, words, row_end);
+        CodeReader<kNibbles || kCurved, kCurved> reader(w, begin, words, row_end);
         for (int64_t row = row_begin; row < row_end; ++row) {
             const uint8_t *mask = kDense ? nullptr : mask_of(w, row) + 8 * begin;
             if (!kDense) find_entries(mask, words, entries);

@@ -1,8 +1,9 @@
 // Where the codes of a weight's rows are, one byte each. No include guard and no namespace: see avx2_body.h.
 
 // For words [begin, begin + words) of each row. 64 bytes more may be read behind a row's codes. Nibbles are unpacked
-// (unpack_flipped) of as many rows at a time as surely fit: their bytes follow each other.
-template <bool kNibbles>
+// (unpack_flipped) of as many rows at a time as surely fit: their bytes follow each other. kCurved: nibbles of nl4, which
+// become bytes of int8.
+template <bool kNibbles, bool kCurved>
 class CodeReader {
   public:
     CodeReader(const sct_weight &w, int64_t begin, int64_t words, int64_t row_end)
@@ -49,7 +50,7 @@ class CodeReader {
             memcpy(copy, from, static_cast<size_t>(bytes));
             from = copy;
         }
-        unpack_flipped(from, bytes, buffer_);
+        unpack_flipped<kCurved>(from, bytes, buffer_);
     }
 
     const sct_weight &w_;

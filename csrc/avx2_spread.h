@@ -59,12 +59,22 @@ SCT_INLINE __m256i spread_32(const uint8_t *&codes, uint32_t bits, const uint16_
     return _mm256_set_m128i(second, first);
 }
 
-// Nibbles to bytes that hold `code ^ 8`, the low nibble first. Reads up to 31 bytes too far, writes up to 62.
+// The levels of nl4, in each half of a register.
+SCT_INLINE __m256i level_table() { return _mm256_broadcastsi128_si256(load_16(kLevels)); }
+
+// Nibbles to bytes, the low nibble first: of int4 they hold `code ^ 8`, of nl4 (kCurved) what int8 stores, its level
+// with an offset of 128. Reads up to 31 bytes too far, writes up to 62.
+template <bool kCurved>
 SCT_INLINE void unpack_flipped(const uint8_t *from, int64_t bytes, uint8_t *to) {
-    const __m256i low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8(static_cast<char>(0x88));
+    const __m256i low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8(static_cast<char>(kCurved ? 0 : 0x88));
+    const __m256i levels = _mm256_xor_si256(level_table(), offsets<false>());
     for (int64_t i = 0; i < bytes; i += 32, to += 64) {
         __m256i packed = _mm256_xor_si256(load_32(from + i), flip);
         __m256i even = _mm256_and_si256(packed, low), odd = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+        if (kCurved) {
+            even = _mm256_shuffle_epi8(levels, even);
+            odd = _mm256_shuffle_epi8(levels, odd);
+        }
         __m256i first = _mm256_unpacklo_epi8(even, odd), second = _mm256_unpackhi_epi8(even, odd);
         store_16(to, _mm256_castsi256_si128(first));
         store_16(to + 16, _mm256_castsi256_si128(second));

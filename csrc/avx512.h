@@ -53,15 +53,23 @@ SCT_INLINE __m512i add_products(__m512i sum, __m512i codes, __m512i x) {
     return sum;
 }
 
-// Spreads `bytes` bytes of two nibbles over twice as many bytes, low nibble first. Writes up to 62 bytes more.
-template <bool kGuard>
+// Levels of nl4 as int8 stores them, in each quarter of a register.
+SCT_INLINE __m512i level_table() {
+    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i *>(kLevels));
+    return _mm512_xor_si512(_mm512_broadcast_i32x4(levels), _mm512_set1_epi8(static_cast<char>(128)));
+}
+
+// Spreads `bytes` bytes of two nibbles over twice as many bytes, low nibble first; kCurved: those of nl4, which become
+// bytes of int8. Writes up to 62 bytes more.
+template <bool kGuard, bool kCurved>
 SCT_INLINE void unpack_nibbles(const uint8_t *from, int64_t bytes, const uint8_t *end, uint8_t *to) {
-    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i low = _mm512_set1_epi8(15), levels = level_table();
     for (int64_t i = 0; i < bytes; i += 32) {
         __m256i packed = kGuard ? _mm256_maskz_loadu_epi8(static_cast<__mmask32>(first_lanes(end - from - i)), from + i)
                                 : _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + i));
         __m512i wide = _mm512_cvtepu8_epi16(packed);
         wide = _mm512_ternarylogic_epi32(wide, _mm512_slli_epi16(wide, 4), low, 0xa8);  // (a | b) & c
+        if (kCurved) wide = _mm512_shuffle_epi8(levels, wide);
         _mm512_storeu_si512(to + 2 * i, wide);
     }
 }

@@ -175,6 +175,7 @@ void int8_rows(const sct_weight &w, const Input &in, float *y, int64_t y_stride,
 }
 
 // Nibbles of some rows as bytes.
+template <bool kCurved>
 struct Unpacked {
     explicit Unpacked(const sct_weight &weight) : w(weight), end(values_end(weight)) {}
 
@@ -187,9 +188,9 @@ struct Unpacked {
     void unpack(const uint8_t *from, int64_t bytes) {
         first = from;
         if (end - from >= bytes + 31) {
-            unpack_nibbles<false>(from, bytes, end, buffer);
+            unpack_nibbles<false, kCurved>(from, bytes, end, buffer);
         } else {
-            unpack_nibbles<true>(from, bytes, end, buffer);
+            unpack_nibbles<true, kCurved>(from, bytes, end, buffer);
         }
     }
 
@@ -207,8 +208,8 @@ struct Unpacked {
 };
 
 // Rows longer than the buffer: a part of one at a time.
-template <int N, bool kDense, bool kNarrow>
-void long_int4_row(Unpacked &unpacked, const Input &in, int64_t r, __m512 (&sums)[N]) {
+template <int N, bool kDense, bool kNarrow, bool kCurved>
+void long_int4_row(Unpacked<kCurved> &unpacked, const Input &in, int64_t r, __m512 (&sums)[N]) {
     constexpr int64_t kPart = kNibbles / kWord;
     const sct_weight &w = unpacked.w;
     const uint8_t *values = row_values(w, r), *mask = mask_of(w, r);
@@ -222,23 +223,23 @@ void long_int4_row(Unpacked &unpacked, const Input &in, int64_t r, __m512 (&sums
         const uint8_t *codes = unpacked.buffer + (position & 1);
         const uint8_t *ahead = values + position / 2 + kAhead;
         Row row = {codes, codes + count, mask, w.scales + r * groups, groups, begin, end, ahead, ahead_step(w)};
-        multiply_row<N, kDense, kNarrow, kDense, true>(w, row, in, sums);
+        multiply_row<N, kDense, kNarrow, kDense, !kCurved>(w, row, in, sums);
         position += count;
     }
 }
 
-template <int N, bool kDense, bool kNarrow>
+template <int N, bool kDense, bool kNarrow, bool kCurved>
 void int4_rows(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin, int64_t row_end) {
     const int64_t groups = group_count(w), mask_bytes = in.words * 8, step = ahead_step(w);
-    Unpacked unpacked(w);
+    Unpacked<kCurved> unpacked(w);
     store_rows<N>(y, y_stride, row_begin, row_end, [&](int64_t r, __m512(&sums)[N]) {
         const uint8_t *codes = unpacked.codes(r, row_end);
-        if (!codes) return long_int4_row<N, kDense, kNarrow>(unpacked, in, r, sums);
+        if (!codes) return long_int4_row<N, kDense, kNarrow, kCurved>(unpacked, in, r, sums);
         // Beyond a row lie the codes of another, which meet zeros of the input.
         const uint8_t *mask = kDense ? nullptr : w.bitmask + r * mask_bytes;
         const uint8_t *ahead = row_values(w, r) + kAhead;
         Row row = {codes, nullptr, mask, w.scales + r * groups, groups, 0, in.words, ahead, step};
-        multiply_row<N, kDense, kNarrow, false, true>(w, row, in, sums);
+        multiply_row<N, kDense, kNarrow, false, !kCurved>(w, row, in, sums);
     });
 }
 
@@ -246,7 +247,8 @@ using RowsFunction = void (*)(const sct_weight &, const Input &, float *, int64_
 
 template <int N, bool kDense, bool kNarrow>
 RowsFunction choose_kind(const sct_weight &w) {
-    return w.kind == SCT_INT4 ? int4_rows<N, kDense, kNarrow> : int8_rows<N, kDense, kNarrow>;
+    if (w.kind == SCT_INT8) return int8_rows<N, kDense, kNarrow>;
+    return w.kind == SCT_INT4 ? int4_rows<N, kDense, kNarrow, false> : int4_rows<N, kDense, kNarrow, true>;
 }
 
 template <int N>

@@ -27,22 +27,23 @@ thread_local Scratch scratch;
 using Positions = int64_t[kMaxStrips * kLanes];
 
 // Nibbles of words [begin, end) of a row as bytes, from an even one on.
+template <bool kCurved>
 void unpack_row(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t position, uint8_t *out) {
     const uint8_t *from = row_values(w, row) + position / 2, *limit = values_end(w), *mask = mask_of(w, row);
     int64_t kept = mask ? count_bits(mask + 8 * begin, end - begin) : min64(w.cols, end * kWord) - begin * kWord;
     int64_t bytes = ((position & 1) + kept + 1) / 2;
     if (limit - from >= bytes + 31) {
-        unpack_nibbles<false>(from, bytes, limit, out);
+        unpack_nibbles<false, kCurved>(from, bytes, limit, out);
     } else {
-        unpack_nibbles<true>(from, bytes, limit, out);
+        unpack_nibbles<true, kCurved>(from, bytes, limit, out);
     }
 }
 
-// nibbles: of an INT4 row, unpacked.
+// nibbles: of a row of INT4 or NL4, unpacked.
 void unpack_codes(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t &position,
                   const uint8_t *nibbles, uint8_t *out) {
     const uint8_t *mask = mask_of(w, row), *limit = values_end(w), *codes = row_values(w, row) + position;
-    if (w.kind == SCT_INT4) {
+    if (is_nibble(w.kind)) {
         position += expand_codes<false>(w, nibbles + (position & 1), nullptr, mask, begin, end, out);
     } else if (limit - codes >= (end - begin) * kWord + 64) {
         position += expand_codes<false>(w, codes, limit, mask, begin, end, out);
@@ -93,9 +94,10 @@ void unpack_tile(const sct_weight &w, const Tile &tile, Positions &positions) {
     for (int64_t strip = 0; strip < tile.strips; ++strip) {
         // Those of all lanes at first, because what was just stored is slow to load at another alignment.
         int64_t there = min64(tile.rows - strip * kLanes, kLanes);
-        for (int64_t lane = 0; lane < there && w.kind == SCT_INT4; ++lane) {
+        for (int64_t lane = 0; lane < there && is_nibble(w.kind); ++lane) {
             int64_t i = strip * kLanes + lane;
-            unpack_row(w, tile.row + i, tile.begin, tile.end, positions[i], scratch.nibbles[lane]);
+            auto unpack = w.kind == SCT_NL4 ? unpack_row<true> : unpack_row<false>;
+            unpack(w, tile.row + i, tile.begin, tile.end, positions[i], scratch.nibbles[lane]);
         }
         for (int64_t lane = 0; lane < kLanes; ++lane) {
             int64_t i = strip * kLanes + lane, next = tile.row + i + tile.strips * kLanes;

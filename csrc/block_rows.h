@@ -3,7 +3,7 @@
 // No include guard and no namespace: the file of an instruction set includes it in its own, after it has defined
 //   spread_codes<kFlip>(mask, words, codes, out)   bytes to their columns; kFlip: from offset 128 to signed before
 //   copy_codes(codes, count, out)                  the same for a dense row of offset 128
-//   unpack_nibbles(from, bytes, out)               nibbles of offset 8 to signed bytes
+//   unpack_nibbles<kCurved>(from, bytes, out)      nibbles of offset 8, or of nl4, to signed bytes
 //   spread_floats<kHalf>(mask, words, values, out), copy_floats<kHalf>(values, count, out)
 //   dot_codes<R, T, kNarrow>, dot_floats<R, T>     sums of R rows with T input rows
 // The first two of each may read 64 bytes too far. The spread functions return how many they took.
@@ -44,7 +44,12 @@ void unpack_codes(const sct_weight &w, int64_t row, int64_t begin, int64_t end, 
     }
     const uint8_t *from = values + position / 2;
     int64_t odd = position & 1, bytes = min64(row_values(w, row + 1) - from, (odd + columns + 1) / 2);
-    unpack_nibbles(stage(from, limit, bytes, part), bytes, mask ? part.nibbles : out);
+    from = stage(from, limit, bytes, part);
+    if (w.kind == SCT_NL4) {
+        unpack_nibbles<true>(from, bytes, mask ? part.nibbles : out);
+    } else {
+        unpack_nibbles<false>(from, bytes, mask ? part.nibbles : out);
+    }
     if (mask) {
         const uint8_t *codes = reinterpret_cast<const uint8_t *>(part.nibbles + odd);
         position += spread_codes<false>(mask + 8 * begin, words, codes, out);

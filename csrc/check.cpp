@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kMaxSide = int64_t{1} << 31;
 
 const char *check_shape(const sct_weight &w) {
-    if (w.kind < SCT_BF16 || w.kind > SCT_INT4) return "the kind of its values is unknown";
+    if (w.kind < SCT_BF16 || w.kind > SCT_NL4) return "the kind of its values is unknown";
     if (w.rows < 1 || w.cols < 1 || w.rows > kMaxSide || w.cols > kMaxSide) return "its shape is out of range";
     if (!w.values || w.values_bytes < 0) return "its values are missing";
     if (is_integer(w.kind)) {

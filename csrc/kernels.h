@@ -35,10 +35,14 @@ inline float bf16_to_float(uint16_t bits) {
 
 float fp16_to_float(uint16_t bits);
 
-// The stored code of zero.
-inline int32_t code_offset(int kind) { return kind == SCT_INT8 ? 128 : 8; }
+// What the codes of nl4 stand for, less the scale. They are those of llama.cpp's IQ4_NL.
+constexpr int8_t kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-inline bool is_integer(int kind) { return kind == SCT_INT8 || kind == SCT_INT4; }
+// The byte that stands for zero: of int8 and int4 its stored code; nl4, which has none, is unpacked as int8 is stored.
+inline int32_t code_offset(int kind) { return kind == SCT_INT4 ? 8 : 128; }
+
+inline bool is_nibble(int kind) { return kind == SCT_INT4 || kind == SCT_NL4; }
+inline bool is_integer(int kind) { return kind == SCT_INT8 || is_nibble(kind); }
 inline int64_t group_count(const sct_weight &w) { return is_integer(w.kind) ? ceil_div(w.cols, w.group_size) : 0; }
 inline const uint8_t *mask_of(const sct_weight &w, int64_t row) {
     return w.bitmask ? w.bitmask + row * word_count(w.cols) * 8 : nullptr;
@@ -46,7 +50,7 @@ inline const uint8_t *mask_of(const sct_weight &w, int64_t row) {
 
 // Bytes of `count` weights of a row as they are stored.
 inline int64_t stored_bytes(int kind, int64_t count) {
-    return kind == SCT_INT4 ? (count + 1) / 2 : kind == SCT_INT8 ? count : 2 * count;
+    return is_nibble(kind) ? (count + 1) / 2 : kind == SCT_INT8 ? count : 2 * count;
 }
 
 inline const uint8_t *row_values(const sct_weight &w, int64_t row) {

@@ -24,11 +24,17 @@ SCT_INLINE void copy_codes(const uint8_t *codes, int64_t count, int8_t *out) {
     }
 }
 
+template <bool kCurved>
 SCT_INLINE void unpack_nibbles(const uint8_t *from, int64_t bytes, int8_t *to) {
+    const int8x16_t levels = vld1q_s8(kLevels);
     for (int64_t i = 0; i < bytes; i += 16) {
-        uint8x16_t packed = vld1q_u8(from + i);
-        int8x16_t low = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(packed, vdupq_n_u8(15))), vdupq_n_s8(8));
-        int8x16_t high = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(packed, 4)), vdupq_n_s8(8));
+        uint8x16_t packed = vld1q_u8(from + i), even = vandq_u8(packed, vdupq_n_u8(15)), odd = vshrq_n_u8(packed, 4);
+        int8x16_t low = vsubq_s8(vreinterpretq_s8_u8(even), vdupq_n_s8(8));
+        int8x16_t high = vsubq_s8(vreinterpretq_s8_u8(odd), vdupq_n_s8(8));
+        if (kCurved) {
+            low = vqtbl1q_s8(levels, even);
+            high = vqtbl1q_s8(levels, odd);
+        }
         vst1q_s8(to + 2 * i, vzip1q_s8(low, high));
         vst1q_s8(to + 2 * i + 16, vzip2q_s8(low, high));
     }

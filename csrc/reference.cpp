@@ -31,6 +31,8 @@ float stored_value(int kind, const uint8_t *values, int64_t index) {
             return static_cast<float>(values[index] - 128);
         case SCT_INT4:
             return static_cast<float>(((values[index / 2] >> (4 * (index & 1))) & 15) - 8);
+        case SCT_NL4:
+            return kLevels[(values[index / 2] >> (4 * (index & 1))) & 15];
         case SCT_BF16:
             memcpy(&bits, values + 2 * index, 2);
             return bf16_to_float(bits);

@@ -14,11 +14,12 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)  // everything else is compiled hidden
 
-#define SCT_ABI_VERSION 2
+#define SCT_ABI_VERSION 3
 
 // How a kept weight is stored. Integer codes are unsigned with an offset: value = (code - 128) * scale for int8,
-// (code - 8) * scale for int4 (two in a byte, low nibble first; each row begins on a byte).
-enum { SCT_BF16 = 0, SCT_FP16 = 1, SCT_INT8 = 2, SCT_INT4 = 3 };
+// (code - 8) * scale for int4 (two in a byte, low nibble first; each row begins on a byte). nl4 is packed like int4, and
+// its codes stand for sixteen levels that are not evenly spaced: value = level[code] * scale.
+enum { SCT_BF16 = 0, SCT_FP16 = 1, SCT_INT8 = 2, SCT_INT4 = 3, SCT_NL4 = 4 };
 
 // A weight [rows, cols] in layout `rows` of docs/checkpoint-format.md.
 typedef struct {

@@ -91,12 +91,14 @@ def test_group_sizes_that_no_kernel_knows(group_size):
 
 
 def test_groups_without_scales(recipe_file):
-    with pytest.raises(ConfigError, match="'group_size' cannot be 64: only int8 and int4 values have groups; leave it"):
+    with pytest.raises(
+        ConfigError, match="'group_size' cannot be 64: only int8, int4 and nl4 values have groups; leave it"
+    ):
         make_recipe({"for": "python", "group_size": 64})
     file = recipe_file("for: python\nvalues: int4\ngroup_size: 32\n")
     assert make_recipe({}, file).group_size == 32
     assert make_recipe({"values": "int8"}, file).group_size == 32
-    with pytest.raises(ConfigError, match=r"'group_size' in recipe .* cannot be 32: only int8 and int4"):
+    with pytest.raises(ConfigError, match=r"'group_size' in recipe .* cannot be 32: only int8, int4 and nl4"):
         make_recipe({"values": "base"}, file)
 
 

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from secateur.errors import ConfigError
 
 Granularity = Literal["per_output", "per_layer"]
-Values = Literal["base", "int8", "int4"]
-EmbeddingValues = Literal["int8", "int4"]
+Values = Literal["base", "int8", "int4", "nl4"]
+EmbeddingValues = Literal["int8", "int4", "nl4"]
 GroupSize = Literal[32, 64, 128]
 # Of the drift of the inputs, for methods that know the parent's: all of it fits the calibration text too closely.
 DEFAULT_CORRECTION = 0.5
@@ -33,7 +33,7 @@ BY_BYTES = {"measured": "packed"}
 DEFAULT_PRESET = "balanced"  # where neither a preset nor a method is named
 _ONE_OF_THESE = ("sparsity", "target_size", "keep_quality")  # they decide the same thing
 UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
-DEFAULT_GROUP_SIZES: dict[str, GroupSize] = {"int8": 128, "int4": 64}
+DEFAULT_GROUP_SIZES: dict[str, GroupSize] = {"int8": 128, "int4": 64, "nl4": 64}
 
 
 class Recipe(BaseModel):
@@ -66,12 +66,13 @@ class Recipe(BaseModel):
     propagate
         Whether a block is calibrated on the outputs of the pruned blocks before it (True) or of the dense ones.
     values
-        Precision of the weights that are kept: `base` (the base model's own, exact), `int8` or `int4`.
+        Precision of the weights that are kept: `base` (the base model's own, exact), `int8`, `int4`, or `nl4`:
+        four bits whose levels are not evenly spaced, which lose less.
     group_size
-        Input positions that share a scale, for `int8` (128 when None) and `int4` (64); None with `base`.
+        Input positions that share a scale, for `int8` (128 when None), `int4` and `nl4` (64); None with `base`.
     embedding_values
-        Precision of embedding and head where `values` are integers: `int8`, or `int4`, which some models hardly feel
-        and others cannot bear.
+        Precision of embedding and head where `values` are integers: `int8`, or `int4` or `nl4`, which some models
+        hardly feel and others cannot bear.
     trim_vocabulary
         Whether the head computes only the tokens that the domains' text is made of.
     correction
@@ -115,7 +116,7 @@ class Recipe(BaseModel):
     def _group_size_of_values(cls, value: GroupSize | None, info: ValidationInfo) -> GroupSize | None:
         """Fill in the default, so that a saved recipe says what was done; refuse groups where nothing has a scale."""
         if value is not None and info.data.get("values") == "base":
-            raise ValueError("only int8 and int4 values have groups; leave it out")
+            raise ValueError("only int8, int4 and nl4 values have groups; leave it out")
         return DEFAULT_GROUP_SIZES.get(info.data.get("values", "")) if value is None else value
 
     @field_validator("embedding_values", mode="after")
@@ -124,7 +125,9 @@ class Recipe(BaseModel):
         """Refuse four bits for an embedding that is to stay the base model's own."""
         is_open = info.data.get("target_size") is not None or info.data.get("keep_quality") is not None
         if value != "int8" and info.data.get("values") == "base" and not is_open:
-            raise ValueError("with base values embedding and head are the base model's own; choose int8 or int4 values")
+            raise ValueError(
+                "with base values embedding and head are the base model's own; choose int8, int4 or nl4 values"
+            )
         return value
 
     @field_validator("target_size", mode="before")

@@ -116,7 +116,7 @@ def test_types_hold_the_stored_values_exactly(values, embedding, kinds, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
-@pytest.mark.parametrize("values", ["base", "int4"])
+@pytest.mark.parametrize("values", ["base", "int4", "nl4"])
 def test_a_type_that_is_asked_for(kind, values, tmp_path):
     derive_tiny(save_base(tmp_path / "base", "qwen2"), tmp_path / "sub", values=values)
     found = matrices(export(tmp_path / "sub", output=tmp_path / "sub.gguf", format="gguf", type=kind))

@@ -279,7 +279,7 @@ def test_a_damaged_packed_weight(copy, use):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("version", 3),
+        ("version", 4),
         ("version", True),
         ("layout", "tiles"),
         ("format", "csr"),

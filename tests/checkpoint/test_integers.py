@@ -42,13 +42,13 @@ def assert_round_trip(quantised, mask, encoding):
     found, found_mask = unpack(packed, shape, NAME, encoding)
     assert torch.equal(found_mask, mask)
     assert found.dtype == torch.float32
-    dense = dequantise(quantised, bits=encoding.bits, group_size=encoding.group_size)
+    dense = dequantise(quantised, values=encoding.values, group_size=encoding.group_size)
     assert torch.equal(found, torch.where(mask, dense, 0.0))
     assert not torch.signbit(found[found == 0]).any()
     assert torch.equal(unpack(packed, shape, NAME, encoding, torch.bfloat16)[0], found.bfloat16())
 
 
-@pytest.mark.parametrize("encoding", [INT4, INT8, Encoding("int4", 128)])
+@pytest.mark.parametrize("encoding", [INT4, INT8, Encoding("int4", 128), Encoding("nl4", 64)])
 @pytest.mark.parametrize("width", [1, 7, 31, 63, 64, 65, 160])
 def test_round_trip(width, encoding):
     quantised, mask = random_codes((11, width), encoding, width)
@@ -269,8 +269,8 @@ def test_what_is_mapped_is_aligned_and_the_outer_shard_is_made_in_turn(tmp_path)
     found = read_shard(path, stored)
     assert found.keys() == weights.keys()
     for name in dense.shapes:
-        quantised = quantise(weights[name], None, None, bits=8, group_size=128)
-        assert torch.equal(found[name], dequantise(quantised, bits=8, group_size=128))
+        quantised = quantise(weights[name], None, None, values="int8", group_size=128)
+        assert torch.equal(found[name], dequantise(quantised, values="int8", group_size=128))
         assert float((found[name] - weights[name].float()).abs().max()) < 0.03
     assert torch.equal(found["norm"], weights["norm"])
 

@@ -75,7 +75,9 @@ def test_a_reader_restores_the_order_of_the_base(tmp_path, values):
     for name, weight in weights.items():
         wanted = weight
         if values == "int8":
-            wanted = dequantise(quantise(weight, None, None, bits=8, group_size=128), bits=8, group_size=128)
+            wanted = dequantise(
+                quantise(weight, None, None, values="int8", group_size=128), values="int8", group_size=128
+            )
         assert torch.equal(found[name], wanted)
     parts = load_file(tmp_path / "outer.safetensors")
     assert parts[f"{HEAD}.shortlist"].tolist() == [1, 3, 4]

@@ -27,7 +27,7 @@ from tests.pruning.tiny_derivation import contents, derive_tiny, interrupt, mask
 from tests.tiny import FAMILIES, save_tiny
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-VALUES = ["int8", "int4"]
+VALUES = ["int8", "int4", "nl4"]
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,14 @@ def test_all_ways_to_open_it_agree(tmp_path, family, dtype, values):
 @pytest.mark.parametrize("values", VALUES)
 def test_the_config_tells_everything(base, submodel, values):
     packed = read_json(submodel[values] / "config.json")["quantization_config"]
-    group_size = {"int8": 128, "int4": 64}[values]
+    group_size = 128 if values == "int8" else 64
     assert {key: packed[key] for key in ("format", "version", "layout", "values", "group_size")} == {
-        "format": "bitmask", "version": 1, "layout": "rows", "values": values, "group_size": group_size,
-    }  # fmt: skip
+        "format": "bitmask",
+        "version": 3 if values == "nl4" else 1,
+        "layout": "rows",
+        "values": values,
+        "group_size": group_size,
+    }
     assert packed["dense"] == {"values": "int8", "group_size": 128, "shapes": {EMBEDDING: [384, 64]}}
     stored = check_quantization_config(packed)
     assert quantization_config(stored) == packed
@@ -139,7 +143,9 @@ def test_an_untied_head_is_stored_and_opened(tmp_path):
     assert packed["dense"]["shapes"] == {EMBEDDING: [384, 64], HEAD: [384, 64]}
     found, parent = state(tmp_path / "out", torch.float32), load_file(base / "model.safetensors")
     for name in (EMBEDDING, HEAD):
-        wanted = dequantise(quantise(parent[name], None, None, bits=8, group_size=128), bits=8, group_size=128)
+        wanted = dequantise(
+            quantise(parent[name], None, None, values="int8", group_size=128), values="int8", group_size=128
+        )
         assert torch.equal(found[name], wanted)
 
 
@@ -311,8 +317,22 @@ def test_export_needs_to_know_the_precision(copy, tmp_path):
 def test_a_config_from_before_there_were_integers():
     """It has no group_size and no dense matrices."""
     shapes = {"a.weight": (2, 5)}
-    old = {"quant_method": "secateur", "format": "bitmask", "version": 1, "layout": "rows", "values": "bf16+fp32"}
+    old = {
+        "quant_method": "secateur",
+        "format": "bitmask",
+        "version": 1,
+        "layout": "rows",
+        "values": "bf16+fp32",
+    }
     found = check_quantization_config({**old, "shapes": {"a.weight": [2, 5]}})
     assert found == Stored(StoredWeights(Encoding("bf16+fp32"), shapes))
     assert found.pruned.encoding.bits == 0
     assert quantization_config(found) == {**old, "shapes": {"a.weight": [2, 5]}}, "and a new one still looks like it"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_levels_that_are_not_even_need_the_third_version(submodel, tmp_path, version):
+    packed = read_json(submodel["nl4"] / "config.json")["quantization_config"]
+    with pytest.raises(CheckpointError, match="earlier version 'nl4'"):
+        check_quantization_config(packed | {"version": version})
+    assert check_quantization_config(packed).pruned.encoding.values == "nl4"

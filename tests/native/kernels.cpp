@@ -37,7 +37,7 @@ float offset(const sct_weight &w, int64_t row, int64_t col) {
     const uint32_t bits = static_cast<uint32_t>(w.scales[row * groups + col / w.group_size]) << 16;
     float scale;
     memcpy(&scale, &bits, sizeof scale);
-    return fabsf(scale) * (w.kind == SCT_INT8 ? 128 : 8);
+    return fabsf(scale) * (w.kind == SCT_INT4 ? 8 : 128);
 }
 
 // What the sum of |weight * x| is, to which rounding is proportional; with integers also that of the codes' offset.

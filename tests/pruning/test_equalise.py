@@ -71,8 +71,8 @@ def test_a_loud_input_is_rounded_more_finely():
 
     def error(exponents):
         scaled, quiet = louder(weight, exponents), loudness / 4.0**exponents
-        codes = quantise(scaled, None, quiet, bits=4, group_size=64)
-        lost = dequantise(codes, bits=4, group_size=64) - scaled
+        codes = quantise(scaled, None, quiet, values="int4", group_size=64)
+        lost = dequantise(codes, values="int4", group_size=64) - scaled
         return float((lost.square() * quiet).sum())
 
     assert error(exponents) < 0.3 * error(torch.zeros_like(exponents))

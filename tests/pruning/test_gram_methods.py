@@ -211,7 +211,7 @@ def test_what_loses_nothing_stays_as_it_is_to_the_bit(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", GRAM_METHODS)
-@pytest.mark.parametrize("values", ["base", "int4"])
+@pytest.mark.parametrize("values", ["base", "int4", "nl4"])
 def test_an_interrupted_derivation_goes_on_to_the_same_bytes(tmp_path, name, values):
     base = save_tiny(tmp_path / "base")
     derive_tiny(base, tmp_path / "whole", method=name, values=values)

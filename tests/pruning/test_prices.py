@@ -55,22 +55,22 @@ def test_prices_are_divergences_of_whole_models(base, tmp_path, monkeypatch):
     halved = AutoModelForCausalLM.from_pretrained(tmp_path / "sub").eval()
     assert found.halving == pytest.approx(divergence_of(parent, halved, token_ids), rel=1e-3)
     for module in {changed.get_input_embeddings(), changed.get_output_embeddings()}:
-        codes = quantise(module.weight.data, None, None, bits=4, group_size=32)
-        module.weight.data = dequantise(codes, bits=4, group_size=32)
+        codes = quantise(module.weight.data, None, None, values="nl4", group_size=32)
+        module.weight.data = dequantise(codes, values="nl4", group_size=32)
     assert found.small_embedding == pytest.approx(divergence_of(parent, changed, token_ids), rel=1e-3)
     assert found.halving > 0 < found.small_embedding
 
 
 def test_what_is_lost_grows_with_the_sparsity_and_with_fewer_bits():
     prices = Prices(0.6, 0.05)
-    losses = [prices.of(recipe(values="int4", sparsity=one)) for one in (0.0, 0.2, 0.5, 0.7)]
+    losses = [prices.of(recipe(values="nl4", sparsity=one)) for one in (0.0, 0.2, 0.5, 0.7)]
     assert losses == sorted(losses)
-    by_values = [prices.of(recipe(values=one, sparsity=0.5)) for one in ("base", "int8", "int4")]
+    by_values = [prices.of(recipe(values=one, sparsity=0.5)) for one in ("base", "int8", "nl4")]
     assert by_values == sorted(by_values)
     assert prices.of(recipe(values="base", sparsity=0.0)) == 0
-    by_groups = [prices.of(recipe(values="int4", group_size=one)) for one in (32, 64, 128)]
+    by_groups = [prices.of(recipe(values="nl4", group_size=one)) for one in (32, 64, 128)]
     assert by_groups == sorted(by_groups)
-    small = [prices.of(recipe(values="int8", embedding_values=one)) for one in ("int8", "int4")]
+    small = [prices.of(recipe(values="int8", embedding_values=one)) for one in ("int8", "nl4")]
     assert small[1] - small[0] == pytest.approx(0.05)
     assert prices.of(recipe(values="base", method="wanda")) == pytest.approx(0.6)
     assert prices.of(recipe(values="base")) < 0.5 * prices.of(recipe(values="base", method="wanda"))
@@ -104,19 +104,19 @@ def test_a_small_embedding_is_not_chosen_where_it_costs_more_than_pruning():
     assert cheapest((whole, pruned), lambda: SMOLLM2) is pruned
 
 
-@pytest.mark.parametrize(("small_embedding", "embedding"), [(1e-4, "int4"), (0.5, "int8")])
+@pytest.mark.parametrize(("small_embedding", "embedding"), [(1e-4, "nl4"), (0.5, "int8")])
 def test_the_embedding_is_small_where_that_costs_less_than_pruning(
     base, tmp_path, monkeypatch, small_embedding, embedding
 ):
     """The sparsity that an embedding of eight bits asks for costs some hundredths of what half of the weights do."""
     monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_: Prices(0.3, small_embedding))
-    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="int4", sparsity=0.5))
+    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="nl4", sparsity=0.5))
     said = []
     done = derive_tiny(base, tmp_path / "out", target_size=target, announce=said.append)
     chosen = read_json(done.path / MANIFEST)["recipe"]
-    assert (chosen["values"], chosen["embedding_values"]) == ("int4", embedding)
+    assert (chosen["values"], chosen["embedding_values"]) == ("nl4", embedding)
     assert sum(path.stat().st_size for path in done.path.iterdir()) <= target
-    said_groups = f"values int4 in groups of {chosen['group_size']}, embedding {embedding}"
+    said_groups = f"values nl4 in groups of {chosen['group_size']}, embedding {embedding}"
     assert said[0] == f"for {target / 1e6:,.0f} MB: {said_groups}, sparsity {chosen['sparsity']}"
     # Nothing is measured for what is there.
     monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_: pytest.fail("measured"))
@@ -128,7 +128,7 @@ def test_the_embedding_is_small_where_that_costs_less_than_pruning(
 
 def test_an_interrupted_derivation_keeps_the_way_that_it_was_begun_with(base, tmp_path, monkeypatch):
     """Another machine may measure a little differently."""
-    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="int4", sparsity=0.5))
+    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="nl4", sparsity=0.5))
     monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_: Prices(0.3, 0.5))
     whole = derive_tiny(base, tmp_path / "whole", target_size=target)
     interrupt(base, tmp_path / "out", target_size=target)
@@ -143,8 +143,8 @@ def test_what_is_packed_loses_less_where_weights_can_stay_whole():
     prices = Prices(0.6, 0.05)
 
     def lost(sparsity, **options):
-        rounding = prices.of(recipe(values="int4", sparsity=0.0))
-        return prices.of(recipe(values="int4", sparsity=sparsity, **options)) - rounding
+        rounding = prices.of(recipe(values="nl4", sparsity=0.0))
+        return prices.of(recipe(values="nl4", sparsity=sparsity, **options)) - rounding
 
     assert lost(0.3, budget="packed") == pytest.approx(0.3 * lost(1 / 6 + 1 / 4, budget="packed"))
     assert lost(0.25, budget="packed") == pytest.approx(0.0)
@@ -155,28 +155,28 @@ def test_what_is_packed_loses_less_where_weights_can_stay_whole():
 
 def test_int8_is_taken_where_little_has_to_be_removed():
     prices = Prices(0.5, 10.0)
-    few = [recipe(values="int8", sparsity=0.1), recipe(values="int4", sparsity=0.0)]
-    many = [recipe(values="int8", sparsity=0.6), recipe(values="int4", sparsity=0.3)]
-    assert [cheapest(one, lambda: prices).values for one in (few, many)] == ["int8", "int4"]
+    few = [recipe(values="int8", sparsity=0.1), recipe(values="nl4", sparsity=0.0)]
+    many = [recipe(values="int8", sparsity=0.6), recipe(values="nl4", sparsity=0.3)]
+    assert [cheapest(one, lambda: prices).values for one in (few, many)] == ["int8", "nl4"]
 
 
 def test_nothing_is_measured_where_the_answer_is_plain():
     whole, int8 = recipe(values="base", sparsity=0.0), recipe(values="int8", sparsity=0.0)
-    smaller = recipe(values="int8", sparsity=0.0, embedding_values="int4")
-    int4 = recipe(values="int4", sparsity=0.1, group_size=32)
-    for recipes in ((whole, int8, smaller, int4), (smaller, int4, int8), (smaller,)):
-        best = min(recipes, key=[whole, int8, smaller, int4].index)
+    smaller = recipe(values="int8", sparsity=0.0, embedding_values="nl4")
+    nl4 = recipe(values="nl4", sparsity=0.1, group_size=32)
+    for recipes in ((whole, int8, smaller, nl4), (smaller, nl4, int8), (smaller,)):
+        best = min(recipes, key=[whole, int8, smaller, nl4].index)
         assert cheapest(recipes, lambda: pytest.fail("measured")) is best
 
 
 def test_a_model_that_does_not_fit_whole_is_refused_unless_the_kinds_are_given(tmp_path, monkeypatch):
     base = save_tiny(tmp_path / "base")
-    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="int4", sparsity=0.5))
+    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="nl4", sparsity=0.5))
     monkeypatch.setattr(forecast, "available_memory", lambda: 4_000_000)
     with pytest.raises(ResourceError, match="--values and --embedding-values beside --target-size"):
         derive_tiny(base, tmp_path / "out", target_size=target)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
-    derive_tiny(base, tmp_path / "out", target_size=target, values="int4", embedding_values="int8")
+    derive_tiny(base, tmp_path / "out", target_size=target, values="nl4", embedding_values="int8")
 
 
 def test_a_model_that_gives_no_numbers_is_refused(base, monkeypatch):
@@ -189,7 +189,7 @@ def test_a_model_that_gives_no_numbers_is_refused(base, monkeypatch):
 
 
 def test_text_that_the_model_cannot_take_is_found_before_anything_is_measured(base, tmp_path):
-    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="int4", sparsity=0.5))
+    target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="nl4", sparsity=0.5))
     text = calibration()
     text.token_ids[0, 0] = 384
     with pytest.raises(ModelError, match="was made with another tokenizer"):

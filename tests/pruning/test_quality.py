@@ -49,7 +49,7 @@ def nats(folder):
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), token_ids[:, 1:].flatten()))
 
 
-@pytest.mark.parametrize("options", [{}, {"values": "int8"}, {"trim_vocabulary": False, "values": "int4"}])
+@pytest.mark.parametrize("options", [{}, {"values": "int8"}, {"trim_vocabulary": False, "values": "nl4"}])
 def test_the_judge_measures_what_transformers_does(base, tmp_path, options):
     judge = Judge(Base.open(ModelFolder(base, "tiny")), UNSEEN, torch.device("cpu"), lambda *_: None)
     assert judge.parent() == pytest.approx(nats(base), rel=1e-5)
@@ -60,7 +60,7 @@ def test_the_judge_measures_what_transformers_does(base, tmp_path, options):
 
 def test_the_judge_rounds_the_embedding_as_it_is_stored(base, tmp_path):
     judge = Judge(Base.open(ModelFolder(base, "tiny")), UNSEEN, torch.device("cpu"), lambda *_: None)
-    stored = derive_tiny(base, tmp_path / "sub", sparsity=0.0, values="int8", embedding_values="int4")
+    stored = derive_tiny(base, tmp_path / "sub", sparsity=0.0, values="int8", embedding_values="nl4")
     changed = AutoModelForCausalLM.from_pretrained(base)
     of_stored = AutoModelForCausalLM.from_pretrained(stored.path)
     changed.get_input_embeddings().weight.data = of_stored.get_input_embeddings().weight.data.to(changed.dtype)
@@ -81,38 +81,38 @@ def test_an_embedding_of_four_bits_pays_where_the_whole_is_smaller(lost):
         return embedding + entries / 2 * (1 - (0.5 + math.log(allowed / at_half) / GROWTH))
 
     smaller = size(0.1 - max(lost, 0), 0) < size(0.1, saved)
-    assert small_embedding_pays(lost, 0.1, saved, footprint, "int4") == smaller
-    assert small_embedding_pays(0.0, 0.1, saved, footprint, "int4")
-    assert not small_embedding_pays(0.099, 0.1, saved, footprint, "int4")
+    assert small_embedding_pays(lost, 0.1, saved, footprint, "nl4") == smaller
+    assert small_embedding_pays(0.0, 0.1, saved, footprint, "nl4")
+    assert not small_embedding_pays(0.099, 0.1, saved, footprint, "nl4")
 
 
 @pytest.mark.usefixtures("fake_judge")
 def test_the_embedding_is_small_where_that_pays(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Judge, "small_embedding", lambda _: 1.0001)
     made = derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.09)
-    assert (made.manifest["values"], made.manifest["recipe"]["embedding_values"]) == ("int4", "int4")
+    assert (made.manifest["values"], made.manifest["recipe"]["embedding_values"]) == ("nl4", "nl4")
     measured = made.log["keep_quality"]
     assert measured["small_embedding"] == pytest.approx(1e-4)
-    assert {one["embedding"] for one in measured["trials"]} == {"int4"}
+    assert {one["embedding"] for one in measured["trials"]} == {"nl4"}
     assert derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.09, resume=True).log == {}
     # One that nearly uses up the loss is tried where it saves more, and given up where nothing keeps the quality.
     monkeypatch.setattr(Judge, "small_embedding", lambda _: 1.001)
     submodel = Judge.submodel
 
     def nats_of(judge, folder):
-        small = read_json(folder / MANIFEST)["recipe"]["embedding_values"] == "int4"
+        small = read_json(folder / MANIFEST)["recipe"]["embedding_values"] == "nl4"
         return submodel(judge, folder) + 10 * small
 
     monkeypatch.setattr(Judge, "submodel", nats_of)
     again = derive_tiny(base, tmp_path / "again", keep_quality=1 / 1.09)
-    assert (again.manifest["values"], again.manifest["recipe"]["embedding_values"]) == ("int4", "int8")
-    assert {one["embedding"] for one in again.log["keep_quality"]["trials"]} == {"int4", "int8"}
+    assert (again.manifest["values"], again.manifest["recipe"]["embedding_values"]) == ("nl4", "int8")
+    assert {one["embedding"] for one in again.log["keep_quality"]["trials"]} == {"nl4", "int8"}
     fixed = derive_tiny(base, tmp_path / "fixed", keep_quality=1 / 1.09, embedding_values="int8")
     assert fixed.manifest["recipe"]["embedding_values"] == "int8"
     assert fixed.log["keep_quality"]["small_embedding"] is None
 
 
-def simulated(loss_at, allowed, values="int4"):
+def simulated(loss_at, allowed, values="nl4"):
     """Try what is proposed for a model that loses `loss_at(sparsity)`; return the trials."""
     trials = []
     while (sparsity := propose(trials, values, allowed)) is not None:
@@ -126,7 +126,7 @@ def simulated(loss_at, allowed, values="int4"):
     st.floats(3, 12),
     st.floats(0.001, 2.0),
     st.floats(0, 0.1),
-    st.sampled_from(["int4", "int8", "base"]),
+    st.sampled_from(["nl4", "int8", "base"]),
 )
 def test_the_search_ends_near_the_highest_good_sparsity(at_half, growth, allowed, rounding, values):
     def loss(sparsity):
@@ -135,7 +135,7 @@ def test_the_search_ends_near_the_highest_good_sparsity(at_half, growth, allowed
     trials = simulated(loss, allowed, values)
     assert len({trial.sparsity for trial in trials}) == len(trials)
     good = [trial.sparsity for trial in trials if trial.loss <= allowed]
-    smallest = {"int4": 0.28, "int8": 0.155, "base": 0.0925}[values]  # below, a bitmask saves nothing
+    smallest = {"nl4": 0.28, "int8": 0.155, "base": 0.0925}[values]  # below, a bitmask saves nothing
     exact = max((s / 1000 for s in range(901) if loss(s / 1000) <= allowed), default=None)
     if exact is None:
         assert not good
@@ -174,11 +174,11 @@ def test_the_result_keeps_the_quality_and_is_a_plain_derivation(base, tmp_path):
 
 @pytest.fixture
 def fake_judge(monkeypatch):
-    """The parent has 1 nat per token; int4 loses 0.05 and int8 0.001, and all 0.1 for each unit of sparsity."""
+    """The parent has 1 nat per token; nl4 loses 0.05 and int8 0.001, and all 0.1 for each unit of sparsity."""
 
     def nats_of(_, folder):
         manifest = read_json(folder / MANIFEST)
-        return 1 + {"int4": 0.05, "int8": 0.001}[manifest["values"]] + 0.1 * manifest["recipe"]["sparsity"]
+        return 1 + {"nl4": 0.05, "int8": 0.001}[manifest["values"]] + 0.1 * manifest["recipe"]["sparsity"]
 
     monkeypatch.setattr(Judge, "parent", lambda _: 1.0)
     monkeypatch.setattr(Judge, "small_embedding", lambda _: 2.0)
@@ -188,7 +188,7 @@ def fake_judge(monkeypatch):
 @pytest.mark.usefixtures("fake_judge")
 def test_values_that_are_left_open_are_the_smallest_that_keep_it(base, tmp_path):
     easy = derive_tiny(base, tmp_path / "easy", keep_quality=1 / 1.09)
-    assert easy.manifest["values"] == "int4"
+    assert easy.manifest["values"] == "nl4"
     assert easy.manifest["recipe"]["sparsity"] == pytest.approx(0.4, abs=0.03)
     middle = derive_tiny(base, tmp_path / "middle", keep_quality=1 / 1.04)
     assert middle.manifest["values"] == "int8"
@@ -276,19 +276,19 @@ def test_what_the_user_adds_survives(base, tmp_path):
         if stage == "prune":
             (search_folder(tmp_path / "out") / "notes.txt").write_text("x")
 
-    derive_tiny(base, tmp_path / "out", keep_quality=0.9, values="int4", progress=add)
+    derive_tiny(base, tmp_path / "out", keep_quality=0.9, values="nl4", progress=add)
     assert [path.name for path in search_folder(tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.usefixtures("fake_judge")
 def test_only_a_search_for_this_quality_is_finished(base, tmp_path):
-    derive_tiny(base, tmp_path / "plain", sparsity=0.9, values="int4")
+    derive_tiny(base, tmp_path / "plain", sparsity=0.9, values="nl4")
     with pytest.raises(OutputError, match="no search for this quality"):
         derive_tiny(base, tmp_path / "plain", keep_quality=0.9, resume=True)
-    derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.09, values="int4")
-    assert derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.095, values="int4", resume=True).log == {}
+    derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.09, values="nl4")
+    assert derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.095, values="nl4", resume=True).log == {}
     with pytest.raises(OutputError, match="no search for this quality"):
-        derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.07, values="int4", resume=True)
+        derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.07, values="nl4", resume=True)
     with pytest.raises(OutputError, match="values"):
         derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.09, values="int8", resume=True)
 

@@ -269,7 +269,7 @@ def test_every_family_learns(tmp_path, monkeypatch, family, values):
     assert after < 0.95 * before
 
 
-@pytest.mark.parametrize("values", ["base", "int4"])
+@pytest.mark.parametrize("values", ["base", "int4", "nl4"])
 def test_embedding_and_head_are_those_that_are_stored(base, tmp_path, monkeypatch, values):
     """The last model that ran is the one that is stored, to the last bit, in what it puts out too."""
     seen = []
@@ -299,7 +299,7 @@ def test_text_longer_than_a_step(base, tmp_path):
     assert read_json(tmp_path / "sub" / MANIFEST)["recipe"]["recover"] == 240
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "nl4"])
 @pytest.mark.parametrize("sparsity", [0.5, 0.0])
 def test_integers_are_what_learnt(base, tmp_path, monkeypatch, values, sparsity):
     """The model that ran at the last step is the one that is stored, to the last bit."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secateur.checkpoint.quantise import OFFSETS, RANGES, dequantise, quantise
+from secateur.checkpoint.quantise import CODEBOOKS, dequantise, quantise
 from secateur.pruning.layer_problem import LayerProblem
 from secateur.pruning.masks import Target, keep_top
 from secateur.pruning.rounding import _better_rows, _in_order, settle
@@ -12,35 +12,35 @@ from tests.pruning.tiny_derivation import calibration, derive_tiny, masks_and_we
 from tests.tiny import save_tiny
 
 
-def rounded(weight, inputs, bits, group_size=32, sparsity=0.5, sweeps=4):
+def rounded(weight, inputs, values, group_size=32, sparsity=0.5, sweeps=4):
     """Return (nearest codes, settled codes, mask) of a weight pruned by Wanda."""
     found = statistics(inputs)
     mask = keep_top(weight.abs() * found.input_norms, Target(sparsity))
-    options = {"bits": bits, "group_size": group_size}
+    options = {"values": values, "group_size": group_size}
     nearest = quantise(weight, mask, found.sum_squares, **options)
     return nearest, settle(LayerProblem.of(weight, found), weight, nearest, mask, **options, sweeps=sweeps), mask
 
 
-def loss(quantised, weight, inputs, bits, group_size=32):
-    return error(dequantise(quantised, bits=bits, group_size=group_size), weight, damped(inputs))
+def loss(quantised, weight, inputs, values, group_size=32):
+    return error(dequantise(quantised, values=values, group_size=group_size), weight, damped(inputs))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("values", ["int4", "int8", "nl4"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
-def test_each_sweep_leaves_less_error(bits, sparsity):
+def test_each_sweep_leaves_less_error(values, sparsity):
     weight, inputs = layer(width=150, tokens=5000)
     losses = []
     for sweeps in range(5):
-        nearest, settled, mask = rounded(weight, inputs, bits, sparsity=sparsity, sweeps=sweeps)
+        nearest, settled, mask = rounded(weight, inputs, values, sparsity=sparsity, sweeps=sweeps)
         assert torch.equal(nearest.scales, settled.scales)
-        assert (settled.codes[~mask] == OFFSETS[bits]).all()
-        codes = settled.codes.int() - OFFSETS[bits]
-        assert RANGES[bits][0] <= codes.min() and codes.max() <= RANGES[bits][1]
-        losses.append(loss(settled, weight, inputs, bits))
-    assert losses[0] <= loss(nearest, weight, inputs, bits)  # with no sweep it is the first step alone
+        assert (settled.codes[~mask] == CODEBOOKS[values].removed).all()
+        numbers = CODEBOOKS[values].numbers(settled.codes)
+        assert CODEBOOKS[values].lowest <= numbers.min() and numbers.max() <= CODEBOOKS[values].highest
+        losses.append(loss(settled, weight, inputs, values))
+    assert losses[0] <= loss(nearest, weight, inputs, values)  # with no sweep it is the first step alone
     assert losses == sorted(losses, reverse=True)
     # What pruning has cost can be made up for in part; where nothing was pruned, all is rounding.
-    assert losses[-1] < (0.65 if sparsity == 0 else 0.85) * loss(nearest, weight, inputs, bits)
+    assert losses[-1] < (0.65 if sparsity == 0 else 0.85) * loss(nearest, weight, inputs, values)
 
 
 def test_a_place_to_begin_that_is_better_than_the_nearest_codes(monkeypatch):
@@ -48,9 +48,9 @@ def test_a_place_to_begin_that_is_better_than_the_nearest_codes(monkeypatch):
     weight, inputs = layer(rows=64, width=150, tokens=5000)
     few = torch.randn(5000, 30, generator=torch.Generator().manual_seed(2)) @ layer(30, 150)[0]
     inputs = few + 0.3 * inputs
-    ours = loss(rounded(weight, inputs, 4, sparsity=0.0)[1], weight, inputs, 4)
+    ours = loss(rounded(weight, inputs, "int4", sparsity=0.0)[1], weight, inputs, "int4")
     monkeypatch.setattr("secateur.pruning.rounding._better_rows", lambda problem, steps, nearest, other: nearest)
-    assert ours < 0.95 * loss(rounded(weight, inputs, 4, sparsity=0.0)[1], weight, inputs, 4)
+    assert ours < 0.95 * loss(rounded(weight, inputs, "int4", sparsity=0.0)[1], weight, inputs, "int4")
 
 
 def test_columns_are_rounded_in_order_as_gptq_does():
@@ -59,7 +59,7 @@ def test_columns_are_rounded_in_order_as_gptq_does():
     problem = LayerProblem.of(weight, statistics(inputs))
     steps = 0.7 + torch.rand(140, 5, generator=torch.Generator().manual_seed(1))
     steps[[3, 70, 139]] = 0  # removed
-    codes = _in_order(problem, problem.dense.T.contiguous(), steps, (-8, 7))
+    codes = _in_order(problem, problem.dense.T.contiguous(), steps, CODEBOOKS["int4"])
     left, gram = problem.dense.T.double().clone(), problem.gram.double()
     for j in range(140):
         inverse = torch.linalg.inv(gram[j:, j:])
@@ -84,13 +84,13 @@ def test_a_row_begins_with_the_better_codes():
 
 def test_in_the_end_no_other_code_of_a_weight_would_be_better():
     weight, inputs = layer(rows=3, width=40)
-    _, settled, mask = rounded(weight, inputs, 4, sweeps=100)
-    best = loss(settled, weight, inputs, 4)
+    _, settled, mask = rounded(weight, inputs, "int4", sweeps=100)
+    best = loss(settled, weight, inputs, "int4")
     for row, column in mask.nonzero().tolist():
         before = int(settled.codes[row, column])
         for code in range(16):
             settled.codes[row, column] = code
-            assert loss(settled, weight, inputs, 4) >= best - 1e-7
+            assert loss(settled, weight, inputs, "int4") >= best - 1e-7
         settled.codes[row, column] = before
 
 
@@ -98,7 +98,7 @@ def test_beside_the_best_of_all_codes():
     """All codes of rows of five weights are tried out."""
     weight, inputs = layer(rows=12, width=5, seed=3)
     gram = damped(inputs)
-    nearest, settled, _ = rounded(weight, inputs, 4, sparsity=0)
+    nearest, settled, _ = rounded(weight, inputs, "int4", sparsity=0)
     scales = nearest.scales.double()
 
     def row_loss(values, row):
@@ -119,12 +119,12 @@ def test_beside_the_best_of_all_codes():
 def test_groups_without_a_scale_stay_empty():
     weight, inputs = layer(width=64)
     weight[:, :32] = 0
-    nearest, settled, _ = rounded(weight, inputs, 4, sparsity=0)
+    nearest, settled, _ = rounded(weight, inputs, "int4", sparsity=0)
     assert not nearest.scales[:, 0].any()
     assert (settled.codes[:, :32] == 8).all()
 
 
-@pytest.mark.parametrize("values", ["int4", "int8"])
+@pytest.mark.parametrize("values", ["int4", "int8", "nl4"])
 def test_a_derivation_with_a_gram_matrix_rounds_so(tmp_path, monkeypatch, values):
     base = save_tiny(tmp_path / "base")
     derive_tiny(base, tmp_path / "settled", method="admm", values=values, calibration=calibration(samples=20))

@@ -44,9 +44,9 @@ def recipe(**options):
         {"values": "base", "sparsity": 0.37},
         {"values": "int8", "sparsity": 0.0},
         {"values": "int8", "sparsity": 0.5, "granularity": "per_layer"},
-        {"values": "int4", "sparsity": 0.61, "group_size": 32},
-        {"values": "int4", "sparsity": 0.45, "budget": "measured"},
-        {"values": "int4", "sparsity": 0.45, "budget": "packed"},
+        {"values": "nl4", "sparsity": 0.61, "group_size": 32},
+        {"values": "nl4", "sparsity": 0.45, "budget": "measured"},
+        {"values": "nl4", "sparsity": 0.45, "budget": "packed"},
     ],
 )
 def test_the_size_is_foretold(base, tmp_path, options):
@@ -55,7 +55,7 @@ def test_the_size_is_foretold(base, tmp_path, options):
     assert found <= foretold <= 1.02 * found + 100_000
 
 
-@pytest.mark.parametrize("values", ["base", "int8", "int4"])
+@pytest.mark.parametrize("values", ["base", "int8", "nl4"])
 def test_the_result_is_just_below_the_target(base, tmp_path, values):
     whole = Footprint.of(opened(base)).folder(recipe(values=values, sparsity=0.0))
     target = int(0.7 * whole)
@@ -79,8 +79,8 @@ def test_a_head_that_is_stored_beside_a_tied_embedding_counts(tmp_path, head, ma
 
 KINDS = [
     ("base", None, "int8"),
-    *(("int8", 128, embedding) for embedding in ("int8", "int4")),
-    *(("int4", groups, embedding) for groups in (32, 64, 128) for embedding in ("int8", "int4")),
+    *(("int8", 128, embedding) for embedding in ("int8", "nl4")),
+    *(("nl4", groups, embedding) for groups in (32, 64, 128) for embedding in ("int8", "nl4")),
 ]
 
 
@@ -118,11 +118,11 @@ def least_size(base, values, groups, embedding):
     ("options", "expected"),
     [
         ({"values": "int8"}, KINDS[1:3]),
-        ({"values": "int4"}, KINDS[5:7]),
-        ({"values": "int4", "embedding_values": "int4"}, KINDS[6:7]),
-        ({"values": "int4", "group_size": 32, "embedding_values": "int8"}, KINDS[3:4]),
+        ({"values": "nl4"}, KINDS[5:7]),
+        ({"values": "nl4", "embedding_values": "nl4"}, KINDS[6:7]),
+        ({"values": "nl4", "group_size": 32, "embedding_values": "int8"}, KINDS[3:4]),
         ({"values": "base"}, KINDS[:1]),
-        ({"embedding_values": "int4"}, [KINDS[0], *KINDS[2::2]]),
+        ({"embedding_values": "nl4"}, [KINDS[0], *KINDS[2::2]]),
     ],
 )
 def test_what_is_given_stays(base, options, expected):
@@ -131,7 +131,7 @@ def test_what_is_given_stays(base, options, expected):
 
 
 def test_what_cannot_be_so_small_is_refused(base, tmp_path):
-    for options, said in (({}, "int4, embedding int4,"), ({"values": "base"}, "base values")):
+    for options, said in (({}, "nl4, embedding nl4,"), ({"values": "base"}, "base values")):
         with pytest.raises(ConfigError, match=rf"size of 0 MB cannot be reached: with {said} and 90% removed"):
             derive_tiny(base, tmp_path / "out", target_size=1000, **options)
     assert list(tmp_path.iterdir()) == []
@@ -167,7 +167,7 @@ def test_a_size_and_a_sparsity_are_one_too_many(tmp_path):
 
 
 def test_bytes_that_are_asked_for_are_shared_out_by_bytes(base, tmp_path):
-    options = {"values": "int4", "embedding_values": "int4"}
+    options = {"values": "nl4", "embedding_values": "nl4"}
     target = Footprint.of(opened(base)).folder(recipe(**options, sparsity=0.45))
     best = recipe(preset="best", target_size=target)
     assert {one.budget for one in ways(opened(base), best)} == {"packed"}
@@ -176,7 +176,7 @@ def test_bytes_that_are_asked_for_are_shared_out_by_bytes(base, tmp_path):
     assert 0.97 * target <= size(tmp_path / "out") <= target
 
 
-@pytest.mark.parametrize("values", ["base", "int8", "int4"])
+@pytest.mark.parametrize("values", ["base", "int8", "nl4"])
 @pytest.mark.parametrize("rows", [7, 64])
 def test_rows_of_their_own_length_are_counted(tmp_path, values, rows):
     """Where scores compete in the whole weight a row keeps more or less, and each ends with a whole byte."""
@@ -184,7 +184,7 @@ def test_rows_of_their_own_length_are_counted(tmp_path, values, rows):
     weight = torch.randn(rows, 123, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     for sparsity in (0.1, 0.5, 0.83):
         mask = keep_top(weight.abs().float(), Target(sparsity, "per_layer"))
-        codes = quantise(weight, mask, None, bits=encoding.bits, group_size=64) if encoding.bits else None
+        codes = quantise(weight, mask, None, values=encoding.values, group_size=64) if encoding.bits else None
         packed, _ = pack_weight(encoding, "w", Pruned(weight, mask), codes, weight.dtype)
         stored = sum(one.nbytes for one in vars(packed).values() if one is not None)
         assert stored <= weight_bytes(weight.shape, encoding, 2, sparsity, "per_layer") <= stored + rows + 64

@@ -17,7 +17,7 @@ from tests.pruning.test_reference import reference_masks
 from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights, shards
 from tests.tiny import save_tiny
 
-BITS, GROUPS = {"int8": 8, "int4": 4}, {"int8": 128, "int4": 64}
+GROUPS = {"int8": 128, "int4": 64, "nl4": 64}
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,13 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def derived(base):
     """Sub-models of the same recipe but for their values."""
-    for values in ("base", "int8", "int4"):
+    for values in ("base", "int8", "int4", "nl4"):
         derive_tiny(base, base.parent / f"sub-{values}", values=values)
-    return {values: base.parent / f"sub-{values}" for values in ("base", "int8", "int4")}
+    return {values: base.parent / f"sub-{values}" for values in ("base", "int8", "int4", "nl4")}
 
 
 @pytest.mark.parametrize("propagate", [True, False])
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "nl4"])
 def test_later_blocks_see_what_is_stored(base, tmp_path, values, propagate):
     """Against the reference of the masks: each weight is quantised with its own inputs, and then takes part."""
     derive_tiny(base, tmp_path / "out", values=values, propagate=propagate)
@@ -43,7 +43,7 @@ def test_later_blocks_see_what_is_stored(base, tmp_path, values, propagate):
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def written(name, mask, sum_squares):
-        how = {"bits": BITS[values], "group_size": GROUPS[values]}
+        how = {"values": values, "group_size": GROUPS[values]}
         wanted = dequantise(quantise(dense[name], mask, sum_squares, **how), **how) * mask
         stored = found[name][1]
         # The sums differ in their last bits, which may turn a scale; then it fits about as well.
@@ -70,7 +70,9 @@ def test_methods_without_statistics_count_all_inputs_alike(base, tmp_path, metho
     derive_tiny(base, tmp_path / "out", values="int4", method=method)
     parent = load_file(base / "model.safetensors")
     for name, (mask, weight) in masks_and_weights(tmp_path / "out").items():
-        wanted = dequantise(quantise(parent[name], mask, None, bits=4, group_size=64), bits=4, group_size=64)
+        wanted = dequantise(
+            quantise(parent[name], mask, None, values="int4", group_size=64), values="int4", group_size=64
+        )
         assert torch.equal(weight, wanted * mask), name
 
 
@@ -90,7 +92,7 @@ def test_what_is_put_into_the_block_is_what_a_reader_unpacks():
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3"])
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "nl4"])
 def test_going_on_gives_the_same_bytes(tmp_path, family, values):
     base = save_tiny(tmp_path / "base", family)
     derive_tiny(base, tmp_path / "whole", values=values)
@@ -177,7 +179,7 @@ def test_the_statistics_of_inputs_make_int4_better(base):
     loud = load_file(base / "model.safetensors")
     statistics = torch.exp(2 * torch.randn(160, generator=torch.Generator().manual_seed(0)))
     weight = loud["model.layers.1.mlp.down_proj.weight"]
-    how = {"bits": 4, "group_size": 32}
+    how = {"values": "int4", "group_size": 32}
     inputs = torch.randn(1000, 160, generator=torch.Generator().manual_seed(1)) * statistics.sqrt()
     errors = [
         float(((weight - dequantise(quantise(weight, None, one, **how), **how)) @ inputs.T).norm())

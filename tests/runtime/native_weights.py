@@ -5,9 +5,11 @@ import mmap
 
 import numpy as np
 
+from secateur.checkpoint.quantise import CODEBOOKS
 from secateur.runtime.kernels import NativeWeight
 
-OFFSETS = {"int8": 128, "int4": 8}
+OFFSETS = {"int8": 128, "int4": 8, "nl4": 128}  # what a kernel takes from the bytes that codes are spread as
+CODES = {"int8": 256, "int4": 16, "nl4": 16}
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -41,9 +43,10 @@ def parts_of(rng, kind, shape, group_size, kept):
     parts = {"kind": kind, "shape": shape}
     if kind in OFFSETS:
         groups = -(-cols // group_size)
-        codes = rng.integers(0, 2 * OFFSETS[kind], shape, dtype=np.int64)
+        codes = rng.integers(0, CODES[kind], shape, dtype=np.int64)
         scales, floats = bf16(rng.uniform(0.5, 2, (rows, groups)) * rng.choice([-1, 1], (rows, groups)))
-        dense = (codes - OFFSETS[kind]) * np.repeat(floats, group_size, axis=1)[:, :cols]
+        numbers = np.array(CODEBOOKS["nl4"].levels)[codes] if kind == "nl4" else codes - OFFSETS[kind]
+        dense = numbers * np.repeat(floats, group_size, axis=1)[:, :cols]
         parts |= {"scales": scales, "group_size": group_size}
     elif kind == "bf16":
         codes, dense = bf16(rng.standard_normal(shape))
@@ -61,7 +64,7 @@ def parts_of(rng, kind, shape, group_size, kept):
         bitmask[:, : bits.shape[1]] = bits
         parts["bitmask"] = bitmask
     pieces = [codes[row][mask[row]] for row in range(rows)]
-    if kind == "int4":
+    if kind in ("int4", "nl4"):
         pieces = [packed_nibbles(piece) for piece in pieces]
     if kept is not None:
         parts["row_offsets"] = np.cumsum([0] + [piece.size for piece in pieces]).astype(np.int64)

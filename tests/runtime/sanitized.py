@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "sanitized"
 RECIPES = {
-    **{values: {"values": values, "sparsity": 0.4} for values in ("base", "int8", "int4")},
+    **{values: {"values": values, "sparsity": 0.4} for values in ("base", "int8", "int4", "nl4")},
     "unmasked": {"values": "int4", "sparsity": 0.0},
     "trimmed": {"values": "int8", "sparsity": 0.4, "trim_vocabulary": True},
 }

@@ -18,7 +18,7 @@ if not kernels.available():
 WIDTHS = (1, 63, 65, 576, 896, 4864)
 BATCHES = (1, 2, 5, 8, 16, 17, 70)
 ROWS = (1, 15, 16, 17, 33, 64, 65, 130)
-KINDS = [("bf16", 0), ("fp16", 0)] + [(kind, group) for kind in ("int8", "int4") for group in (32, 64, 128)]
+KINDS = [("bf16", 0), ("fp16", 0)] + [(kind, group) for kind in ("int8", "int4", "nl4") for group in (32, 64, 128)]
 
 
 @pytest.fixture(params=kernels.instruction_sets())
@@ -37,7 +37,7 @@ def expanded_scales(weight):
 
 def assert_product(weight, dense, x, y):
     """Float rounding from the product of what is stored; for integers the rounding of x bounds the rest."""
-    seen, scales = quantised(x) if weight.kind in {"int8", "int4"} else (x.astype(np.float64), None)
+    seen, scales = quantised(x) if weight.kind in {"int8", "int4", "nl4"} else (x.astype(np.float64), None)
     # Codes have an offset, whose part of a sum may be taken away after it was rounded.
     reach = np.abs(dense) if scales is None else np.abs(dense) + OFFSETS[weight.kind] * expanded_scales(weight)
     size = np.abs(x).astype(np.float64) @ reach.T.astype(np.float64)
@@ -62,11 +62,11 @@ def test_product_with_every_shape(isa, kind, group_size, sparse):
     np.testing.assert_array_equal(unpack_row(weight, row), dense[row])
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_extreme_codes_do_not_saturate(isa, kind):
+@pytest.mark.parametrize(("kind", "lowest", "highest"), [("int8", -128, 127), ("int4", -8, 7), ("nl4", -127, 113)])
+def test_extreme_codes_do_not_saturate(isa, kind, lowest, highest):
     rows, cols = 5, 256
     scales = np.full((rows, 4), 0x3F80, np.uint16)
-    for code, value in ((0, -128), (255, 127)) if kind == "int8" else ((0, -8), (0xFF, 7)):
+    for code, value in ((0, lowest), (0xFF, highest)):
         values = np.full(rows * cols // (1 if kind == "int8" else 2), code, np.uint8)
         weight = NativeWeight(kind, (rows, cols), values, scales=scales, group_size=64)
         for sign in (1, -1):
@@ -76,7 +76,7 @@ def test_extreme_codes_do_not_saturate(isa, kind):
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "nl4"])
 def test_integers_are_multiplied_as_integers(isa, kind, group_size):
     rng = np.random.default_rng(15)
     for kept in (0.02, 0.5, 1.0, None):
@@ -90,7 +90,7 @@ def test_integers_are_multiplied_as_integers(isa, kind, group_size):
             np.testing.assert_array_equal(matmul(weight, x), x @ dense.T)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "nl4"])
 def test_what_is_removed_adds_nothing(isa, kind):
     rng = np.random.default_rng(16)
     dense, weight = random_weight(rng, kind, (20, 320), 64 if kind != "bf16" else 0, kept=0.0)
@@ -104,7 +104,7 @@ def test_what_is_removed_adds_nothing(isa, kind):
         assert (np.abs(matmul(weight, x)[:, empty]) <= x @ left.T).all()
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "nl4"])
 def test_inputs_of_any_size(isa, kind):
     rng = np.random.default_rng(7)
     dense, weight = random_weight(rng, kind, (20, 320), 64 if kind != "bf16" else 0)
@@ -116,7 +116,7 @@ def test_inputs_of_any_size(isa, kind):
     assert np.all(np.abs(matmul(weight, np.full((1, 320), 1e-38, np.float32))) < 1e-30)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "nl4"])
 @pytest.mark.parametrize("n", [1, 3, 6, 20])
 def test_what_is_not_finite_stays_visible(isa, kind, n):
     rng = np.random.default_rng(8)
@@ -249,7 +249,7 @@ CORRUPTIONS = [
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "nl4"])
 def test_corrupted_weights_are_refused(kind, corruption):
     _, parts = parts_of(np.random.default_rng(12), kind, (6, 100), 64, 0.5)
     parts["values"] = parts["values"][: parts["row_offsets"][-1]]
@@ -271,7 +271,7 @@ def test_values_that_are_not_finite_are_refused(kind, bits, kept):
 
 def test_dense_weights_need_all_their_values():
     scales = np.full((4, 2), 0x3F80, np.uint16)
-    for kind, size in (("int8", 4 * 101), ("int4", 4 * 51)):
+    for kind, size in (("int8", 4 * 101), ("int4", 4 * 51), ("nl4", 4 * 51)):
         NativeWeight(kind, (4, 101), np.zeros(size, np.uint8), scales=scales, group_size=64)
         with pytest.raises(CheckpointError, match="too few values"):
             NativeWeight(kind, (4, 101), np.zeros(size - 1, np.uint8), scales=scales, group_size=64)

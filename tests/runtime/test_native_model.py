@@ -115,7 +115,15 @@ def source_text(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("values", "options"),
-    [("base", {}), ("int8", {}), ("int4", {}), ("int4", {"budget": "packed"}), ("int8", {"budget": "packed"})],
+    [
+        ("base", {}),
+        ("int8", {}),
+        ("int4", {}),
+        ("nl4", {}),
+        ("int4", {"budget": "packed"}),
+        ("nl4", {"budget": "packed"}),
+        ("int8", {"budget": "packed"}),
+    ],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_sub_model_runs_packed(folders, source_text, tmp_path, family, values, options):

@@ -15,7 +15,7 @@ from secateur.runtime.packed_matrix import PackedMatrix
 
 SHAPES = [(7, 5), (6, 64), (9, 160), (130, 200)]
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VALUES = [*FLOATS, "int8", "int4"]
+VALUES = [*FLOATS, "int8", "int4", "nl4"]
 
 
 def stored(values, shape, seed=0):
@@ -28,7 +28,7 @@ def stored(values, shape, seed=0):
         encoding, packed = Encoding(values), bitmask.pack(weight.to(FLOATS[values]), mask)
     else:
         encoding = Encoding(values, 32)
-        quantised = quantise(weight, mask, None, bits=encoding.bits, group_size=32)
+        quantised = quantise(weight, mask, None, values=encoding.values, group_size=32)
         packed = bitmask.pack_integers(quantised, mask, encoding.bits)
     return {name.removeprefix("."): part for name, part in packed.tensors("").items()}, encoding
 
@@ -44,7 +44,7 @@ def dense(shape=(40, 96), dtype=torch.float32, values="int8", rows=None):
         encoding, packed = Encoding(values), DenseWeight(weight.to(FLOATS[values]))
     else:
         encoding = Encoding(values, 32)
-        packed = pack_dense(quantise(weight, None, None, bits=encoding.bits, group_size=32), encoding)
+        packed = pack_dense(quantise(weight, None, None, values=encoding.values, group_size=32), encoding)
     parts = {name.removeprefix("."): part for name, part in packed.tensors("").items()}
     found = PackedMatrix(parts, shape, encoding, dtype, "w", rows=rows)
     return found, unpack_dense(packed, shape, "w", encoding, rows=rows).float()
@@ -104,12 +104,12 @@ def test_products_of_dense_matrices_whose_rows_are_reordered(monkeypatch, values
         (40, 95), values=values, rows=torch.randperm(40, generator=torch.Generator().manual_seed(2))
     )
     x, bias = torch.randn(3, 95), torch.randn(40)
-    rounding = 0.02 * x.abs().amax() * expected.abs().sum(1) if native and values in {"int8", "int4"} else 0
+    rounding = 0.02 * x.abs().amax() * expected.abs().sum(1) if native and values in {"int8", "int4", "nl4"} else 0
     close = (found.multiply(x, bias) - torch.nn.functional.linear(x, expected, bias)).abs() <= rounding + 1e-4
     assert close.all()
 
 
-@pytest.mark.parametrize("values", ["bf16", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("values", ["bf16", "fp16", "int8", "int4", "nl4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_through_the_kernels(values, dtype):
     for n in (1, 3, 20):
@@ -120,7 +120,7 @@ def test_products_through_the_kernels(values, dtype):
             found = matrix(values, shape).multiply(x, bias)
             assert found.dtype == dtype
             # Integer kernels round an activation by at most half of 1 / 127 of the largest of its 64 columns.
-            rounding = weight.abs().sum(1) * x.float().abs().max() / 254 if values.startswith("int") else 0
+            rounding = weight.abs().sum(1) * x.float().abs().max() / 254 if values in {"int8", "int4", "nl4"} else 0
             atol = rounding + 1e-4 + expected.abs() * 2 * torch.finfo(dtype).eps
             assert ((found.float() - expected).abs() <= atol).all()
 
@@ -132,7 +132,7 @@ def test_the_kernels_are_used_on_the_cpu(monkeypatch):
     x = torch.randn(2, 96)
     for values in VALUES:
         matrix(values, (6, 96)).multiply(x)
-    assert [weight.kind for weight, *_ in calls] == ["bf16", "fp16", "int8", "int4"]  # not float32
+    assert [weight.kind for weight, *_ in calls] == ["bf16", "fp16", "int8", "int4", "nl4"]  # not float32
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 2):
@@ -186,7 +186,7 @@ def test_copies_stand_alone_and_other_numbers_are_checked():
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4", "nl4"])
 def test_damaged_parts_are_refused(monkeypatch, values, native):
     if not native:
         monkeypatch.setattr(kernels, "available", lambda: False)
@@ -227,7 +227,7 @@ def test_a_matrix_that_keeps_nothing():
         if values in FLOATS:
             packed = bitmask.pack(weight.to(FLOATS[values]), mask)
         else:
-            quantised = quantise(weight, mask, None, bits=encoding.bits, group_size=32)
+            quantised = quantise(weight, mask, None, values=encoding.values, group_size=32)
             packed = bitmask.pack_integers(quantised, mask, encoding.bits)
         parts = {name[1:]: part for name, part in packed.tensors("").items()}
         found = PackedMatrix(parts, shape, encoding, torch.float32, "w")

@@ -63,7 +63,7 @@ def logits(model, ids=IDS):
         return model(ids).logits.float()
 
 
-@pytest.mark.parametrize("values", ["base", "int8", "int4"])
+@pytest.mark.parametrize("values", ["base", "int8", "int4", "nl4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_computes_what_the_unpacked_model_does(monkeypatch, made, family, values):
     folder = made(family, values)
@@ -115,7 +115,7 @@ def test_auto_runs_what_is_not_native(made):
     assert load(made("qwen2")).backend.name == "native"
 
 
-@pytest.mark.parametrize("values", ["base", "int8", "int4"])
+@pytest.mark.parametrize("values", ["base", "int8", "int4", "nl4"])
 def test_it_is_as_large_as_its_files_and_lies_in_them(made, values):
     folder = made("starcoder2", values)
     model = packed(folder)

@@ -57,8 +57,8 @@ def test_the_stored_embedding_is_the_rounded_one(folders, name):
     parent = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
     found = read_shard(shard, check_quantization_config(said))
     for weight in said["dense"]["shapes"]:
-        codes = quantise(parent[weight], None, None, bits=4, group_size=32)
-        assert torch.equal(found[weight], dequantise(codes, bits=4, group_size=32))
+        codes = quantise(parent[weight], None, None, values="int4", group_size=32)
+        assert torch.equal(found[weight], dequantise(codes, values="int4", group_size=32))
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama"])

@@ -31,8 +31,8 @@ class PackedWeight:
         uint8 [out_features, ceil(in_features / 64) * 8]; bit i of a row, least significant first = weight i is kept.
     values
         One-dimensional: the kept weights in row order, then zeros up to a whole number of 64 bytes. bfloat16, float16
-        or float32; or uint8, where int8 is its code + 128 and int4 its code + 8, two in a byte, low nibble first, each
-        row beginning on a byte.
+        or float32; or uint8: codes of int8, or of int4 or nl4, two in a byte, low nibble first, each row beginning on a
+        byte (`quantise.Codebook`).
     row_offsets
         int64 [out_features + 1]; where each row starts in `values`, in elements (bytes for integers).
     scales
@@ -125,7 +125,7 @@ def unpack(
     """
     if encoding.bits:
         quantised, mask = unpack_integers(packed, shape, name, encoding)
-        weight = dequantise(quantised, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
+        weight = dequantise(quantised, values=encoding.values, group_size=encoding.group_size, dtype=dtype)
         return weight, torch.from_numpy(mask)
     check(packed, shape, name, encoding)
     mask = _mask(packed, shape)
@@ -144,7 +144,7 @@ def unpack_integers(
     mask = _mask(packed, shape)
     stored = packed.values.numpy()[: int(packed.row_offsets[-1])]
     kept = from_bytes(stored, np.count_nonzero(mask, axis=1), encoding.bits, name)
-    return Quantised(spread_codes(kept, mask, encoding.bits), packed.scales), mask
+    return Quantised(spread_codes(kept, mask, encoding.values), packed.scales), mask
 
 
 def _mask(packed: PackedWeight, shape: tuple[int, int]) -> np.ndarray:

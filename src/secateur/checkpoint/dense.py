@@ -25,8 +25,8 @@ class DenseWeight:
     Attributes
     ----------
     values
-        uint8 [out_features, in_features], int8 as code + 128; or uint8 [out_features, ceil(in_features / 2)], int4 as
-        code + 8, low nibble first; or floats [out_features, in_features].
+        uint8 [out_features, in_features], codes of int8; or uint8 [out_features, ceil(in_features / 2)], codes of int4
+        or nl4, low nibble first (`quantise.Codebook`); or floats [out_features, in_features].
     scales
         None for floats; bfloat16 [out_features, ceil(in_features / group_size)].
     """
@@ -81,7 +81,7 @@ def unpack_dense(
     """
     if encoding.bits:
         quantised = unpack_dense_integers(stored, shape, name, encoding, rows=rows)
-        return dequantise(quantised, bits=encoding.bits, group_size=encoding.group_size, dtype=dtype)
+        return dequantise(quantised, values=encoding.values, group_size=encoding.group_size, dtype=dtype)
     check_dense(stored, shape, name, encoding)
     return stored.values if rows is None else stored.values[rows]
 

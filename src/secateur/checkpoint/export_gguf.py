@@ -1,7 +1,7 @@
 """A sub-model as one GGUF file, which llama.cpp and what is built on it run.
 
-GGUF has no sparse format: removed weights are zeros that take as much room as all others. But its Q8_0 and Q4_0 hold
-exactly what int8 and int4 of a sub-model hold, codes and scales, so nothing is quantised twice.
+GGUF has no sparse format: removed weights are zeros that take as much room as all others. But its Q8_0, Q4_0 and
+IQ4_NL hold exactly what int8, int4 and nl4 of a sub-model hold, numbers and scales, so nothing is quantised twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,9 +31,11 @@ from secateur.models.safetensors_writer import DTYPE_CODES
 from secateur.registry import Registry
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
-Q8_0, Q4_0 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0
+Q8_0, Q4_0, IQ4_NL = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.IQ4_NL
+# What holds integers of a sub-model exactly.
+_OF_VALUES = {"int8": Q8_0, "int4": Q4_0, "nl4": IQ4_NL}
 
-# What a user can ask for. Q4_0 is not among them: rounding to it without more thought costs too much.
+# What a user can ask for. Four bits are not among them: rounding to them without more thought costs too much.
 TYPES: Registry[GGMLQuantizationType] = Registry("GGUF type")
 for _kind in (F32, F16, BF16, Q8_0):
     TYPES.add(_kind.name.lower(), _kind)
@@ -45,6 +47,7 @@ _FILE_TYPES = {
     BF16: LlamaFileType.MOSTLY_BF16,
     Q8_0: LlamaFileType.MOSTLY_Q8_0,
     Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    IQ4_NL: LlamaFileType.MOSTLY_IQ4_NL,
 }
 _QUANTIZATION_VERSION = 2  # of the layout of blocks
 
@@ -75,8 +78,8 @@ class _Held:
         if len(self.shape) == 1:
             return F32  # llama.cpp takes norms and biases in nothing else
         if wanted is None:
-            wanted = self.floats if self.encoding is None else {8: Q8_0, 4: Q4_0}[self.encoding.bits]
-        return self.floats if wanted in (Q8_0, Q4_0) and self.shape[-1] % BLOCK else wanted
+            wanted = self.floats if self.encoding is None else _OF_VALUES[self.encoding.values]
+        return self.floats if wanted in _OF_VALUES.values() and self.shape[-1] % BLOCK else wanted
 
 
 def export_gguf(submodel: OpenedSubModel, target: Path, kind: str | None) -> None:
@@ -90,15 +93,17 @@ def export_gguf(submodel: OpenedSubModel, target: Path, kind: str | None) -> Non
         A name that ends in `.gguf`; nothing must exist there.
     kind
         A name from `TYPES`. None takes for each matrix the type that holds its values exactly: BF16, F16 or F32 for
-        floats, Q8_0 for int8, Q4_0 for int4. Matrices whose rows are no multiple of 32, which Q8_0 and Q4_0 need, get
-        the base model's precision instead; norms and biases are float32 always.
+        floats, Q8_0 for int8, Q4_0 for int4, IQ4_NL for nl4. Matrices whose rows are no multiple of 32, which these
+        need, get the base model's precision instead; norms and biases are float32 always.
 
     Raises
     ------
     UnknownNameError, ConfigError, CheckpointError, ModelError, OutputError
     """
-    if kind == "q4_0":
-        raise ConfigError("no values are rounded to q4_0 here; without --type int4 values become Q4_0 as they are")
+    if kind in ("q4_0", "iq4_nl"):
+        raise ConfigError(
+            f"no values are rounded to {kind} here; without --type int4 values become Q4_0, and nl4 IQ4_NL, as they are"
+        )
     wanted = None if kind is None else TYPES.get(kind)
     if target.suffix.lower() != ".gguf":
         raise OutputError(f"{target} is not the name of a GGUF file; write one that ends in .gguf, {target.name}.gguf")
@@ -159,7 +164,7 @@ def _load(
 ) -> np.ndarray:
     """Return the bytes of a tensor in the file; `order` puts rows in the file's order."""
     with open_shard(held.shard, stored) as shard:
-        if held.encoding is not None and kind in (Q8_0, Q4_0):
+        if held.encoding is not None and kind in (_OF_VALUES[held.encoding.values], Q8_0):
             found = shard.integers(name)
             return from_integers(Quantised(order(found.codes), order(found.scales)), held.encoding, kind, name)
         return from_floats(order(shard.floats(name)), kind, name)

@@ -15,8 +15,9 @@ from secateur.errors import CheckpointError
 QUANT_METHOD = "secateur"
 FORMAT, LAYOUT = "bitmask", "rows"
 # A file says the lowest version that describes it: only what has unmasked weights, a shortlist,
-# or a dense matrix that is not int8 needs the second.
-VERSIONS = (1, 2)
+# or a dense matrix that is not int8 needs the second, and only what has nl4 the third.
+VERSIONS = (1, 2, 3)
+_OF_THIRD = "nl4"
 MANIFEST = "secateur.json"
 LOG = "derivation.log.json"
 INDEX = "model.safetensors.index.json"
@@ -34,7 +35,7 @@ LOCK = "derivation.lock"
 NOT_HASHED = (MANIFEST, LOG, STATE, ACTIVATIONS, PARENT_ACTIVATIONS, PRUNED, RECOVERY, BUDGET, LOCK)
 
 FLOAT_VALUES = ("bf16", "fp16", "fp32")
-INTEGER_BITS = {"int8": 8, "int4": 4}
+INTEGER_BITS = {"int8": 8, "int4": 4, "nl4": 4}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Encoding:
     Attributes
     ----------
     values
-        `int8`, `int4`, or the floats of the base model: `bf16`, `fp16`, `fp32`, joined with `+` where it mixes them.
+        `int8`, `int4`, `nl4`, or the floats of the base model: `bf16`, `fp16`, `fp32`, joined with `+` where there
+        are several.
     group_size
         Consecutive input positions that share a scale; 0 for floats, which have none.
     """
@@ -60,7 +62,7 @@ class Encoding:
 
 FLOATS = Encoding("+".join(FLOAT_VALUES))
 # Embedding and head of a sub-model whose other weights are integers, by what they are asked to be.
-DENSE_ENCODINGS = {"int8": Encoding("int8", 128), "int4": Encoding("int4", 32)}
+DENSE_ENCODINGS = {"int8": Encoding("int8", 128), "int4": Encoding("int4", 32), "nl4": Encoding("nl4", 32)}
 DENSE_ENCODING = DENSE_ENCODINGS["int8"]  # of all in version 1
 
 
@@ -157,10 +159,11 @@ def quantization_config(stored: Stored) -> dict[str, Any]:
         extensions["shortlist"] = asdict(stored.shortlist)
     dense = {"dense": _describe(stored.dense)} if stored.dense.shapes else {}
     second = extensions or (dense and stored.dense.encoding.values == "int4")
+    third = _OF_THIRD in (stored.pruned.encoding.values, stored.dense.encoding.values if dense else "")
     return {
         "quant_method": QUANT_METHOD,
         "format": FORMAT,
-        "version": VERSIONS[1] if second else VERSIONS[0],
+        "version": VERSIONS[2] if third else VERSIONS[1] if second else VERSIONS[0],
         "layout": LAYOUT,
         **_describe(stored.pruned),
         **dense,
@@ -185,6 +188,8 @@ def check_quantization_config(raw: object) -> Stored:
     pruned, dense = _stored_weights(raw), StoredWeights(DENSE_ENCODING)
     if "dense" in raw:
         dense = _dense_weights(raw["dense"], raw["version"])
+    if raw["version"] < VERSIONS[2] and _OF_THIRD in (pruned.encoding.values, dense.encoding.values):
+        raise _foreign("values in an earlier version", _OF_THIRD, f"them in version {VERSIONS[2]}")
     if both := sorted(dense.shapes.keys() & pruned.shapes.keys()):
         raise CheckpointError(f"config.json names {both[0]!r} twice, pruned and dense; fetch the sub-model again")
     if raw["version"] == VERSIONS[0]:

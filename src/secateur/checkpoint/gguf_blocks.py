@@ -1,7 +1,7 @@
 """Weights as the bytes that a GGUF holds: floats, or blocks of 32 consecutive inputs with a scale (float16).
 
-A block of Q8_0 is the scale and 32 int8; one of Q4_0 the scale and 16 bytes, code + 8 of entry i in the low half of
-byte i and that of entry i + 16 in the high half. Scales of a sub-model span one block or several.
+A block of Q8_0 is the scale and 32 int8; one of Q4_0 or IQ4_NL the scale and 16 bytes, the code of entry i in the
+low half of byte i and that of entry i + 16 in the high half. Scales of a sub-model span one block or several.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from secateur.checkpoint.format import Encoding
-from secateur.checkpoint.quantise import OFFSETS, Quantised
+from secateur.checkpoint.quantise import CODEBOOKS, Quantised
 from secateur.errors import CheckpointError, ConfigError
 from secateur.models.finite import all_finite
 
@@ -55,7 +55,7 @@ def from_floats(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.nda
 
 
 def from_integers(quantised: Quantised, encoding: Encoding, kind: GGMLQuantizationType, name: str) -> np.ndarray:
-    """Return a weight stored as integers as Q8_0 or, if its codes have 4 bits, as Q4_0: the same codes and scales.
+    """Return a weight stored as integers as Q8_0 or, if it is int4 or nl4, as Q4_0 or IQ4_NL: the same numbers.
 
     in_features is a multiple of 32. Of a scale below 2^-17 float16 keeps fewer than the 8 digits of bfloat16.
 
@@ -73,10 +73,11 @@ def from_integers(quantised: Quantised, encoding: Encoding, kind: GGMLQuantizati
         raise _out_of_range(name, "small", kind)
     blocks = np.repeat(scales.numpy(), encoding.group_size // BLOCK, axis=1)[:, :n_blocks, None].view(np.uint8)
     codes = codes.reshape(len(codes), n_blocks, BLOCK)
-    if kind == GGMLQuantizationType.Q4_0:
+    if kind != GGMLQuantizationType.Q8_0:
         codes = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
     else:
-        codes = codes - np.uint8(OFFSETS[encoding.bits])  # modulo 256, so the bits are those of int8
+        codes = CODEBOOKS[encoding.values].numbers(quantised.codes).numpy().astype(np.int8).view(np.uint8)
+        codes = codes.reshape(len(codes), n_blocks, BLOCK)
     return np.concatenate([blocks, codes], axis=2).reshape(len(codes), -1)
 
 

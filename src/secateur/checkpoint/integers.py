@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoint.format import Encoding
-from secateur.checkpoint.quantise import OFFSETS, n_groups
+from secateur.checkpoint.quantise import CODEBOOKS, n_groups
 from secateur.errors import CheckpointError
 from secateur.models.finite import all_finite
 
@@ -71,8 +71,8 @@ def check_scales(scales: Tensor | None, shape: tuple[int, int], encoding: Encodi
         raise damaged(name, "scales hold NaN or infinity")
 
 
-def spread_codes(kept: Array, mask: Array, bits: int) -> Tensor:
+def spread_codes(kept: Array, mask: Array, values: str) -> Tensor:
     """Return codes uint8 [out_features, in_features]: kept [n] where mask (bool) is True, else the code of 0."""
-    codes = np.full(mask.shape, OFFSETS[bits], dtype=np.uint8)
+    codes = np.full(mask.shape, CODEBOOKS[values].removed, dtype=np.uint8)
     codes[mask] = kept
     return torch.from_numpy(codes)

@@ -85,7 +85,7 @@ def _dense_parts(
 def _encoded(weight: Tensor, encoding: Encoding) -> DenseWeight:
     if not encoding.bits:
         return DenseWeight(weight)
-    return pack_dense(quantise(weight, None, None, bits=encoding.bits, group_size=encoding.group_size), encoding)
+    return pack_dense(quantise(weight, None, None, values=encoding.values, group_size=encoding.group_size), encoding)
 
 
 def read_shard(path: Path, stored: Stored, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

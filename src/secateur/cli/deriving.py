@@ -44,14 +44,14 @@ def derive(
         typer.Option("--propagate/--no-propagate", help="Calibrate on pruned outputs.", show_default="propagate"),
     ] = None,
     values: Annotated[
-        str | None, typer.Option(help="Precision of kept weights: base, int8 or int4.", show_default="base")
+        str | None, typer.Option(help="Precision of kept weights: base, int8, int4 or nl4.", show_default="base")
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(help="Input positions that share a scale: 32, 64 or 128.", show_default="int8: 128, int4: 64"),
+        typer.Option(help="Input positions that share a scale: 32, 64 or 128.", show_default="int8: 128, else 64"),
     ] = None,
     embedding_values: Annotated[
-        str | None, typer.Option(help="Embedding and head beside int8 or int4: int8 or int4.", show_default="int8")
+        str | None, typer.Option(help="Embedding and head beside integers: int8, int4 or nl4.", show_default="int8")
     ] = None,
     trim_vocabulary: Annotated[
         bool | None,

@@ -34,13 +34,13 @@ _HALF = 0.5
 # what half of them cost with a method that has a Gram matrix, and what rounding costs on top of any sparsity, with such
 # a method and without. Below what was measured all is taken to be in proportion.
 _GRAM = 0.18
-_ROUNDING = {"base": (0.0, 0.0), "int8": (0.002, 0.002), "int4": (0.06, 0.13)}
+_ROUNDING = {"base": (0.0, 0.0), "int8": (0.002, 0.002), "int4": (0.06, 0.13), "nl4": (0.05, 0.1)}
 _LEAST_MEASURED = 0.2
 # By how much the logarithm of what is lost grows from sparsity 0 to 1, with a Gram matrix and without.
 _GROWTH, _WANDAS_GROWTH = 7.0, 8.5
-# The same of int4 by its groups: what a scale for more or fewer inputs costs, beside that for 64.
+# The same of four bits by their groups: what a scale for more or fewer inputs costs, beside that for 64.
 _GROUPS = {32: 0.75, 64: 1.0, 128: 1.3}
-_BY_BITS = ("base", "int8", "int4")
+_BY_LOSS = ("base", "int8", "nl4", "int4")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Prices:
     halving
         When all prunable weights are pruned to 50% with Wanda.
     small_embedding
-        When embedding and head are int4; int8 is taken to lose nothing.
+        When embedding and head have four bits; int8 is taken to lose nothing.
     """
 
     halving: float
@@ -73,7 +73,7 @@ class Prices:
     @staticmethod
     def _rounding(recipe: Recipe, method: Method) -> float:
         cost = _ROUNDING[recipe.values][0 if method.needs_gram else 1]
-        return cost * _GROUPS.get(recipe.group_size or 0, 1.0) if recipe.values == "int4" else cost
+        return cost * _GROUPS[recipe.group_size] if _in_four_bits(recipe) and recipe.group_size else cost
 
 
 def cheapest(recipes: Sequence[Recipe], measure: Callable[[], Prices]) -> Recipe:
@@ -86,11 +86,15 @@ def _loses_less(one: Recipe, other: Recipe) -> bool:
     """Return whether `one` removes no more than `other` and rounds nothing more, and is not the same."""
 
     def lost(recipe: Recipe) -> tuple[float, ...]:
-        groups = recipe.group_size or 0 if recipe.values == "int4" else 0
-        return recipe.sparsity, _BY_BITS.index(recipe.values), _has_small_embedding(recipe), groups
+        groups = recipe.group_size or 0 if _in_four_bits(recipe) else 0
+        return recipe.sparsity, _BY_LOSS.index(recipe.values), _has_small_embedding(recipe), groups
 
     mine, theirs = lost(one), lost(other)
     return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
+
+def _in_four_bits(recipe: Recipe) -> bool:
+    return INTEGER_BITS.get(recipe.values) == 4
 
 
 def measure_prices(
@@ -146,7 +150,7 @@ def measure_prices(
 
 @contextmanager
 def _small_embedding(model: PreTrainedModel) -> Iterator[None]:
-    """While it is open embedding and head are int4."""
+    """While it is open embedding and head have four bits."""
     weights = [model.get_parameter(name) for name in embedding_weights(model)]
     originals = [weight.data for weight in weights]
     round_embedding(model)
@@ -158,15 +162,15 @@ def _small_embedding(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _has_small_embedding(recipe: Recipe) -> bool:
-    return recipe.values != "base" and recipe.embedding_values == "int4"
+    return recipe.values != "base" and recipe.embedding_values != "int8"
 
 
 def round_embedding(model: PreTrainedModel) -> PreTrainedModel:
-    """Give embedding and head of a model the values that they have when they are stored as int4; return the model."""
-    encoding = DENSE_ENCODINGS["int4"]
+    """Give embedding and head of a model the values that they have when they are stored as nl4; return the model."""
+    encoding = DENSE_ENCODINGS["nl4"]
     for weight in {id(one): one for one in map(model.get_parameter, embedding_weights(model))}.values():
-        codes = quantise(weight.data, None, None, bits=encoding.bits, group_size=encoding.group_size)
-        rounded = dequantise(codes, bits=encoding.bits, group_size=encoding.group_size, dtype=weight.dtype)
+        codes = quantise(weight.data, None, None, values=encoding.values, group_size=encoding.group_size)
+        rounded = dequantise(codes, values=encoding.values, group_size=encoding.group_size, dtype=weight.dtype)
         weight.data = rounded.to(weight.device)
     return model
 

@@ -35,7 +35,7 @@ def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, recipe: Recip
                     continue
                 masks[name] = mask.to(device)
                 if encoding.bits:
-                    found = quantise(weight, mask, None, bits=encoding.bits, group_size=encoding.group_size)
+                    found = quantise(weight, mask, None, values=encoding.values, group_size=encoding.group_size)
                     grids[name] = Grid(found.scales.to(device), encoding)
     outside = {name: tensors[name] for name in base.outer_names()}
     if encoding.bits:  # embedding and head will be integers too
@@ -50,5 +50,6 @@ def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, recipe: Recip
 
 
 def _rounded(weight: Tensor, encoding: Encoding) -> Tensor:
-    options = {"bits": encoding.bits, "group_size": encoding.group_size}
-    return dequantise(quantise(weight, None, None, **options), **options, dtype=weight.dtype).to(weight.device)
+    values, group_size = encoding.values, encoding.group_size
+    rounded = quantise(weight, None, None, values=values, group_size=group_size)
+    return dequantise(rounded, values=values, group_size=group_size, dtype=weight.dtype).to(weight.device)

@@ -43,7 +43,7 @@ class Judge:
         return self._nats(self._base.tensors(self._device))
 
     def small_embedding(self) -> float:
-        """Return the nats per token of the base model when its embedding and head are int4."""
+        """Return the nats per token of the base model when its embedding and head have four bits."""
         return self._nats_of(round_embedding(self._base.loaded(self._base.tensors(self._device))))
 
     def submodel(self, folder: Path) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.checkpoint.format import Encoding
-from secateur.checkpoint.quantise import OFFSETS, RANGES, Quantised, spread_scales
+from secateur.checkpoint.quantise import CODEBOOKS, Quantised, spread_scales
 from secateur.errors import ModelError
 from secateur.models.finite import all_finite
 from secateur.models.safetensors_writer import write_safetensors
@@ -50,20 +50,20 @@ class Grid:
     scales: Tensor
     encoding: Encoding
 
-    def integers(self, weight: Tensor) -> Tensor:
-        """Return the nearest codes, float32 [out_features, in_features], without their offset."""
-        lowest, highest = RANGES[self.encoding.bits]
+    def numbers(self, weight: Tensor) -> Tensor:
+        """Return the nearest numbers of the codebook, float32 [out_features, in_features]; 0 for a weight that is 0."""
         scales = self._spread(weight)
-        return torch.where(scales == 0, 0.0, weight / scales).round_().clamp_(lowest, highest)
+        nearest = CODEBOOKS[self.encoding.values].nearest(torch.where(scales == 0, 0.0, weight / scales))
+        return torch.where(weight == 0, 0.0, nearest)
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Return the nearest weight, float32 [out_features, in_features]."""
-        return self.integers(weight) * self._spread(weight)
+        return self.numbers(weight) * self._spread(weight)
 
     def quantised(self, weight: Tensor) -> Quantised:
         """Return the nearest weight as it is stored."""
-        codes = self.integers(weight) + OFFSETS[self.encoding.bits]
-        return Quantised(codes.to("cpu", torch.uint8), self.scales.cpu())
+        codes = CODEBOOKS[self.encoding.values].codes(self.numbers(weight))
+        return Quantised(codes.cpu(), self.scales.cpu())
 
     def _spread(self, weight: Tensor) -> Tensor:
         return spread_scales(self.scales, self.encoding.group_size, weight.shape[1])

@@ -10,7 +10,7 @@ step gives the second one a better place to begin: it would stop too early from 
 import torch
 from torch import Tensor
 
-from secateur.checkpoint.quantise import OFFSETS, RANGES, Quantised, spread_scales
+from secateur.checkpoint.quantise import CODEBOOKS, Codebook, Quantised, spread_scales
 from secateur.pruning.layer_problem import LayerProblem
 
 SWEEPS = 4
@@ -23,7 +23,7 @@ def settle(
     quantised: Quantised,
     mask: Tensor,
     *,
-    bits: int,
+    values: str,
     group_size: int,
     sweeps: int = SWEEPS,
 ) -> Quantised:
@@ -38,25 +38,26 @@ def settle(
     quantised
         Its nearest codes, with which a row begins where the first step has found none that are better.
     mask
-        bool [out_features, in_features], True = kept; removed weights keep the code of 0.
-    bits, group_size
+        bool [out_features, in_features], True = kept; removed weights keep the code that stands for them.
+    values, group_size
         As `quantise` has them.
     sweeps
         How often the second step visits each column; it ends as soon as none changes.
     """
     device = problem.gram.device
     # All [in_features, out_features] from here on: an input's weights lie side by side.
-    nearest = (quantised.codes.to(device).float() - OFFSETS[bits]).T.contiguous()
+    book = CODEBOOKS[values]
+    nearest = book.numbers(quantised.codes.to(device)).T.contiguous()
     spread = spread_scales(quantised.scales.to(device), group_size, len(problem.gram))
     steps = (spread * problem.norms).T.contiguous()
     steps *= mask.to(device).T  # what is removed, or has no scale, cannot move
     begin = (weight.to(device).float() * problem.norms).T * mask.to(device).T
-    codes = _better_rows(problem, steps, nearest, _in_order(problem, begin.contiguous(), steps, RANGES[bits]))
-    codes = _descend(problem, codes, steps, RANGES[bits], sweeps)
-    return Quantised((codes.T + OFFSETS[bits]).to(torch.uint8).contiguous().cpu(), quantised.scales)
+    codes = _better_rows(problem, steps, nearest, _in_order(problem, begin.contiguous(), steps, book))
+    codes = _descend(problem, codes, steps, book, sweeps)
+    return Quantised(book.codes(codes.T.contiguous()).cpu(), quantised.scales)
 
 
-def _in_order(problem: LayerProblem, weight: Tensor, steps: Tensor, limits: tuple[int, int]) -> Tensor:
+def _in_order(problem: LayerProblem, weight: Tensor, steps: Tensor, book: Codebook) -> Tensor:
     """Round one column after the other and let those behind it take over the difference; takes the weight."""
     upper = problem.factor().to(weight.device)
     inverse, codes, width = _inverse(steps), torch.zeros_like(weight), len(weight)
@@ -64,7 +65,7 @@ def _in_order(problem: LayerProblem, weight: Tensor, steps: Tensor, limits: tupl
         end = min(width, begin + _BLOCK)
         here, errors = weight[begin:end], torch.empty_like(weight[begin:end])
         for j in range(begin, end):
-            code = torch.mul(here[j - begin], inverse[j], out=codes[j]).round_().clamp_(*limits)
+            code = _nearest(book, torch.mul(here[j - begin], inverse[j], out=codes[j]), steps[j])
             error = torch.addcmul(here[j - begin], code, steps[j], value=-1, out=errors[j - begin])
             error /= upper[j, j]
             here[j + 1 - begin :].addr_(upper[j, j + 1 : end], error, alpha=-1)
@@ -82,7 +83,7 @@ def _better_rows(problem: LayerProblem, steps: Tensor, first: Tensor, second: Te
     return torch.where(error(second) < error(first), second, first)
 
 
-def _descend(problem: LayerProblem, codes: Tensor, steps: Tensor, limits: tuple[int, int], sweeps: int) -> Tensor:
+def _descend(problem: LayerProblem, codes: Tensor, steps: Tensor, book: Codebook, sweeps: int) -> Tensor:
     """Let each column take its best code given all others, until none changes or `sweeps` are done; takes the codes."""
     gram, width = problem.gram, len(codes)
     inverse = _inverse(steps) / gram.diagonal()[:, None]
@@ -93,7 +94,7 @@ def _descend(problem: LayerProblem, codes: Tensor, steps: Tensor, limits: tuple[
             end = min(width, begin + _BLOCK)
             here, moved = residual[begin:end].clone(), torch.empty_like(residual[begin:end])
             for j in range(begin, end):
-                wanted = torch.addcmul(codes[j], here[j - begin], inverse[j]).round_().clamp_(*limits)
+                wanted = _nearest(book, torch.addcmul(codes[j], here[j - begin], inverse[j]), steps[j])
                 move = torch.mul(wanted - codes[j], steps[j], out=moved[j - begin])
                 codes[j] = wanted
                 here[j + 1 - begin :].addr_(gram[j, j + 1 : end], move, alpha=-1)
@@ -103,6 +104,12 @@ def _descend(problem: LayerProblem, codes: Tensor, steps: Tensor, limits: tuple[
         if not changed:
             break
     return codes
+
+
+def _nearest(book: Codebook, values: Tensor, steps: Tensor) -> Tensor:
+    """Return the nearest numbers, in the place of values; 0 stays where a step is 0, which no other number would do."""
+    nearest = book.nearest(values)
+    return nearest if book.levels is None else nearest.masked_fill_(steps == 0, 0.0)
 
 
 def _inverse(steps: Tensor) -> Tensor:

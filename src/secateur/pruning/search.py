@@ -19,7 +19,7 @@ _WORTHWHILE = 0.03  # what a bitmask has to save beyond its own size, in shares 
 _AIM = 0.97
 _LEAST_LOSS = 1e-4  # in nats; what is less is noise, and has no logarithm
 # Where the values are left open: from the smallest, to which pruning then adds, to those that lose nothing.
-_KINDS: tuple[Values, ...] = ("int4", "int8")
+_KINDS: tuple[Values, ...] = ("nl4", "int8")
 
 
 def propose(trials: Sequence[Trial], values: Values, allowed: float) -> float | None:
@@ -146,7 +146,7 @@ class Search:
         if trials.small_embedding is None:
             trials.small_embedding = self.judge.small_embedding() - nats
             trials.save()
-        kinds: tuple[EmbeddingValues, ...] = ("int4", "int8")
+        kinds: tuple[EmbeddingValues, ...] = ("nl4", "int8")
         small, large = (
             self.footprint.outer(recipe.model_copy(update={"values": values, "embedding_values": one})) for one in kinds
         )

@@ -17,15 +17,15 @@ from secateur.pruning.base import Base
 from secateur.pruning.weight import dense_encoding_of, encoding_of, is_unmasked
 
 HIGHEST = 0.9  # sparsity that is ever chosen
-# What is tried where a recipe leaves it open; int8 gains nothing by smaller groups.
+# What is tried where a recipe leaves it open; int8 gains nothing by smaller groups, int4 loses more than nl4.
 _VALUES: tuple[tuple[Values, GroupSize | None], ...] = (
     ("base", None),
     ("int8", 128),
-    ("int4", 32),
-    ("int4", 64),
-    ("int4", 128),
+    ("nl4", 32),
+    ("nl4", 64),
+    ("nl4", 128),
 )
-_EMBEDDINGS: tuple[EmbeddingValues, ...] = ("int8", "int4")
+_EMBEDDINGS: tuple[EmbeddingValues, ...] = ("int8", "nl4")
 _OFFSET_BYTES, _SCALE_BYTES, _TOKEN_BYTES = 8, 2, 4
 # Of a tensor: its place in a header and in the index, its padding, and its lines in the manifest.
 _TENSOR_BYTES, _OTHER_BYTES = 512, 65_536

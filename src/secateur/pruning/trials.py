@@ -20,7 +20,7 @@ from secateur.pruning.workspace import check_output, first_difference, locked
 
 TRIALS = "trials.json"
 _OWN = re.compile(
-    rf"(base|int8|int4)(-int8|-int4)?-\d\.\d{{4}}(\.partial|\.deleted)?"
+    rf"(base|int8|int4|nl4)(-int8|-int4|-nl4)?-\d\.\d{{4}}(\.partial|\.deleted)?"
     rf"|({re.escape(TRIALS)}|{re.escape(LOCK)})(\.partial-.*)?"
 )
 
@@ -55,7 +55,7 @@ class Trials:
     nats
         Those per token of the parent; None until they are measured.
     small_embedding
-        Nats per token that the parent loses when embedding and head are int4; None until they are measured.
+        Nats per token that the parent loses when embedding and head have four bits; None until they are measured.
     done
         What was measured, in order.
     """

@@ -56,13 +56,13 @@ def _quantise(
     encoding: Encoding, target: Target, pruned: Pruned, statistics: InputStatistics | None, dense: Tensor
 ) -> Quantised:
     """Return codes for what is kept; with a Gram matrix they make up for each other, and for what was removed."""
-    bits, group_size = encoding.bits, encoding.group_size
+    values, group_size = encoding.values, encoding.group_size
     importance = None if statistics is None else statistics.loudness()
-    nearest = quantise(pruned.weight, pruned.mask, importance, bits=bits, group_size=group_size)
+    nearest = quantise(pruned.weight, pruned.mask, importance, values=values, group_size=group_size)
     if statistics is None or statistics.gram is None:
         return nearest
     problem = LayerProblem.of(dense, statistics, target.correction)
-    return settle(problem, pruned.weight, nearest, pruned.mask, bits=bits, group_size=group_size)
+    return settle(problem, pruned.weight, nearest, pruned.mask, values=values, group_size=group_size)
 
 
 def pack_weight(

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from secateur.errors import CheckpointError, NativeCodeError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-ABI_VERSION = 2
-KINDS = {"bf16": 0, "fp16": 1, "int8": 2, "int4": 3}
+ABI_VERSION = 3
+KINDS = {"bf16": 0, "fp16": 1, "int8": 2, "int4": 3, "nl4": 4}
 GROUP_SIZES = (32, 64, 128)
 WORD_BITS = 64
 
@@ -138,7 +138,7 @@ class NativeWeight:
     Attributes
     ----------
     kind
-        How a kept value is stored: bf16, fp16, int8 (code - 128) or int4 (code - 8, low nibble first).
+        How a kept value is stored: bf16, fp16, int8 (code - 128), int4 (code - 8, low nibble first) or nl4.
     shape
         (out_features, in_features).
     values
@@ -203,7 +203,7 @@ class NativeWeight:
             raise self._damaged(f"the kind of its values is {self.kind!r}, expected one of {', '.join(KINDS)}")
         if rows < 1 or cols < 1:
             raise self._damaged(f"its shape is {self.shape}")
-        integer = self.kind in {"int8", "int4"}
+        integer = self.kind in {"int8", "int4", "nl4"}
         if integer and self.group_size not in GROUP_SIZES:
             raise self._damaged(f"its group size is {self.group_size}, expected 32, 64 or 128")
         expected: dict[str, tuple[Array | None, type, tuple[int, ...]]] = {

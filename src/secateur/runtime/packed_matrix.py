@@ -17,7 +17,7 @@ from secateur.checkpoint.bitmask import VALUE_TYPES, PackedWeight, check
 from secateur.checkpoint.dense import DenseWeight, stored_width, unpack_dense
 from secateur.checkpoint.format import Encoding
 from secateur.checkpoint.integers import damaged
-from secateur.checkpoint.quantise import OFFSETS, spread_scales
+from secateur.checkpoint.quantise import CODEBOOKS, Codebook, spread_scales
 from secateur.runtime import kernels
 
 # Entries that are unpacked at a time, in some 200 MB: a head may have hundreds of millions.
@@ -188,7 +188,7 @@ class PackedMatrix(nn.Module):
             odd = mask.sum(1, keepdim=True) % 2 == 1
             mask = torch.cat((mask, odd), dim=1)
             values = _nibbles(values)
-        codes = torch.full(mask.shape, OFFSETS[self.encoding.bits], dtype=torch.uint8, device=values.device)
+        codes = torch.full(mask.shape, self._book.removed, dtype=torch.uint8, device=values.device)
         codes.masked_scatter_(mask, values)
         return self._dequantise(codes[:, : self.shape[1]], self.scales[begin:end]).to(dtype)
 
@@ -201,9 +201,13 @@ class PackedMatrix(nn.Module):
 
     def _dequantise(self, codes: Tensor, scales: Tensor) -> Tensor:
         """Return float32 [n, in_features] of rows of codes and the bits of their scales; products are exact."""
-        weight = codes.float().sub_(OFFSETS[self.encoding.bits])
+        weight = self._book.numbers(codes)
         wide = spread_scales(scales.view(torch.bfloat16), self.encoding.group_size, self.shape[1])
         return weight.mul_(wide).add_(0.0)  # which turns -0 into +0
+
+    @property
+    def _book(self) -> Codebook:
+        return CODEBOOKS[self.encoding.values]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedMatrix":
         self._native = None  # it points to where the buffers lie now
