@@ -72,9 +72,11 @@ def test_logits_are_those_of_transformers(variant, tmp_path):
     np.testing.assert_allclose(scores(opened(path), ids), expected(tmp_path / "sub", ids), atol=0.05, rtol=0.01)
 
 
-@pytest.mark.parametrize("values", ["base", "int8", "int4", "nl4"])
-def test_stored_values_run_as_they_are(values, tmp_path):
-    derive_tiny(save_base(tmp_path / "base", "llama"), tmp_path / "sub", values=values)
+@pytest.mark.parametrize(
+    ("values", "sparsity"), [("base", 0.5), ("int8", 0.5), ("int4", 0.5), ("nl4", 0.5), ("nl4", 0.0)]
+)
+def test_stored_values_run_as_they_are(values, sparsity, tmp_path):
+    derive_tiny(save_base(tmp_path / "base", "llama"), tmp_path / "sub", values=values, sparsity=sparsity)
     ids = np.random.default_rng(0).integers(0, 256, LENGTH).tolist()
     found = scores(opened(export(tmp_path / "sub", output=tmp_path / "sub.gguf", format="gguf")), ids)
     wanted = expected(tmp_path / "sub", ids)

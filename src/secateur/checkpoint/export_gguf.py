@@ -1,7 +1,8 @@
 """A sub-model as one GGUF file, which llama.cpp and what is built on it run.
 
-GGUF has no sparse format: removed weights are zeros that take as much room as all others. But its Q8_0, Q4_0 and
-IQ4_NL hold exactly what int8, int4 and nl4 of a sub-model hold, numbers and scales, so nothing is quantised twice.
+GGUF has no sparse format: removed weights are zeros that take as much room as all others. But its Q8_0 and Q4_0 hold
+exactly what int8 and int4 of a sub-model hold, numbers and scales, and IQ4_NL what nl4 holds where nothing was removed
+(Q8_0 where something was), so nothing is quantised twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -66,19 +67,29 @@ class _Held:
         How it is stored as integers; None if it is not.
     floats
         The type of its floats; for integers that of the base model.
+    whole
+        Whether nothing was removed.
     """
 
     shard: Path
     shape: tuple[int, ...]
     encoding: Encoding | None
     floats: GGMLQuantizationType
+    whole: bool
+
+    def exact(self) -> GGMLQuantizationType:
+        """Return the type that holds the stored values as they are; no level of IQ4_NL is 0, as removed weights are."""
+        if self.encoding is None:
+            return self.floats
+        kind = _OF_VALUES[self.encoding.values]
+        return Q8_0 if kind == IQ4_NL and not self.whole else kind
 
     def kind(self, wanted: GGMLQuantizationType | None) -> GGMLQuantizationType:
         """Return the type in the file: what was asked for, or what holds the stored values exactly."""
         if len(self.shape) == 1:
             return F32  # llama.cpp takes norms and biases in nothing else
         if wanted is None:
-            wanted = self.floats if self.encoding is None else _OF_VALUES[self.encoding.values]
+            wanted = self.exact()
         return self.floats if wanted in _OF_VALUES.values() and self.shape[-1] % BLOCK else wanted
 
 
@@ -93,17 +104,16 @@ def export_gguf(submodel: OpenedSubModel, target: Path, kind: str | None) -> Non
         A name that ends in `.gguf`; nothing must exist there.
     kind
         A name from `TYPES`. None takes for each matrix the type that holds its values exactly: BF16, F16 or F32 for
-        floats, Q8_0 for int8, Q4_0 for int4, IQ4_NL for nl4. Matrices whose rows are no multiple of 32, which these
-        need, get the base model's precision instead; norms and biases are float32 always.
+        floats, Q8_0 for int8, Q4_0 for int4, IQ4_NL for nl4 (Q8_0 where weights were removed). Matrices whose rows
+        are no multiple of 32, which these need, get the base model's precision instead; norms and biases are float32
+        always.
 
     Raises
     ------
     UnknownNameError, ConfigError, CheckpointError, ModelError, OutputError
     """
     if kind in ("q4_0", "iq4_nl"):
-        raise ConfigError(
-            f"no values are rounded to {kind} here; without --type int4 values become Q4_0, and nl4 IQ4_NL, as they are"
-        )
+        raise ConfigError(f"no values are rounded to {kind} here; without --type int4 values become Q4_0 as they are")
     wanted = None if kind is None else TYPES.get(kind)
     if target.suffix.lower() != ".gguf":
         raise OutputError(f"{target} is not the name of a GGUF file; write one that ends in .gguf, {target.name}.gguf")
@@ -137,11 +147,11 @@ def _held(submodel: OpenedSubModel) -> dict[str, _Held]:
         path = submodel.path / name
         with open_shard(path, submodel.stored) as shard:
             for tensor in shard.tensors:
-                encoding = shard.encoding(tensor)
+                encoding, whole = shard.encoding(tensor), submodel.stored.whole(tensor) is not None
                 floats = DTYPE_CODES[submodel.dtype] if encoding else shard.float_type(tensor)
                 if floats not in _FLOATS:
                     raise CheckpointError(f"tensor {tensor!r} is of type {floats}, which is no weight; fetch it again")
-                held[tensor] = _Held(path, shard.shape(tensor), encoding, _FLOATS[floats])
+                held[tensor] = _Held(path, shard.shape(tensor), encoding, _FLOATS[floats], whole)
     submodel.check_complete(held)
     return held
 
@@ -164,7 +174,7 @@ def _load(
 ) -> np.ndarray:
     """Return the bytes of a tensor in the file; `order` puts rows in the file's order."""
     with open_shard(held.shard, stored) as shard:
-        if held.encoding is not None and kind in (_OF_VALUES[held.encoding.values], Q8_0):
+        if held.encoding is not None and kind in (held.exact(), Q8_0):
             found = shard.integers(name)
             return from_integers(Quantised(order(found.codes), order(found.scales)), held.encoding, kind, name)
         return from_floats(order(shard.floats(name)), kind, name)
