@@ -40,11 +40,11 @@ def random_parts(rng, kind, shape, group_size, sparsity):
         packed = np.packbits(bits, axis=1, bitorder="little")
         bitmask[:, : packed.shape[1]] = packed
         parts["bitmask"] = bitmask
-    stored = (counts + 1) // 2 if kind == "int4" else counts
+    stored = (counts + 1) // 2 if kind in {"int4", "nl4"} else counts
     if sparsity is not None:
         parts["row_offsets"] = np.concatenate([[0], np.cumsum(stored)]).astype(np.int64)
     total = int(stored.sum()) + 64
-    if kind in {"int8", "int4"}:
+    if kind in {"int8", "int4", "nl4"}:
         parts["values"] = rng.integers(0, 256, total, dtype=np.uint8)
         scales = rng.uniform(0.5, 1.5, (rows, -(-cols // group_size))).astype(np.float32)
         parts["scales"] = (scales.view(np.uint32) >> 16).astype(np.uint16)
@@ -62,7 +62,7 @@ def size(parts):
 def copies(kind, shape, group_size, parts, megabytes):
     """Weights of one content in different memory, together at least so many megabytes."""
     number = max(1, -(-megabytes * 10**6 // size(parts)))
-    group_size = group_size if kind in {"int8", "int4"} else 0
+    group_size = group_size if kind in {"int8", "int4", "nl4"} else 0
     return [
         NativeWeight(kind, shape, group_size=group_size, **{name: part.copy() for name, part in parts.items()})
         for _ in range(number)

@@ -39,7 +39,7 @@ def rounded_with(weight, mask, scale, values, group_size):
     wide = scale.float().repeat_interleave(group_size, 1)[:, : weight.shape[1]]
     book = CODEBOOKS[values]
     numbers = book.nearest(torch.where(wide == 0, 0.0, weight.float() / wide)) * mask
-    return Quantised(book.codes(numbers), scale)
+    return Quantised(book.codes(numbers, mask), scale)
 
 
 def absmax(weight, mask, values, group_size):
@@ -270,4 +270,5 @@ def test_codes_stand_for_numbers_and_one_more_for_what_is_gone(values):
     assert bool((numbers[1:] > numbers[:-1]).all())
     gone = torch.tensor([book.removed], dtype=torch.uint8)
     assert float(book.numbers(gone)) == 0
-    assert torch.equal(book.codes(torch.zeros(1)), gone)
+    assert torch.equal(book.codes(torch.zeros(2), torch.tensor([False, True]))[:1], gone)
+    assert int(book.codes(torch.zeros(2), torch.tensor([False, True]))[1]) < len(codes) + 1

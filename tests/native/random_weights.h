@@ -69,7 +69,7 @@ struct Size {
 // A weight of a random kind, sparse or dense. Its entries are within +-size, or with size 0 any finite numbers below 2.
 inline Weight random_weight(Size shape, float size = 0) {
     Weight w;
-    w.raw.kind = static_cast<int32_t>(between(SCT_BF16, SCT_INT4));
+    w.raw.kind = static_cast<int32_t>(between(SCT_BF16, SCT_NL4));
     bool integer = w.raw.kind >= SCT_INT8, sparse = between(0, 2) != 0;
     w.raw.group_size = integer ? 32 << between(0, 2) : 0;
     w.raw.rows = shape.rows;
@@ -85,7 +85,7 @@ inline Weight random_weight(Size shape, float size = 0) {
             bitmask[static_cast<size_t>(row * words * 8 + column / 8)] |= static_cast<uint8_t>(1 << (column % 8));
             ++count;
         }
-        elements += w.raw.kind == SCT_INT4 ? (count + 1) / 2 : count;
+        elements += w.raw.kind >= SCT_INT4 ? (count + 1) / 2 : count;
         offsets.push_back(elements);
     }
     if (sparse) {
@@ -104,7 +104,7 @@ inline Weight random_weight(Size shape, float size = 0) {
         w.bytes.fill(bytes);
         int64_t groups = (shape.cols + w.raw.group_size - 1) / w.raw.group_size;
         std::vector<uint16_t> scales(static_cast<size_t>(shape.rows * groups));
-        uint16_t largest = bf16(size / (w.raw.kind == SCT_INT8 ? 128 : 8));
+        uint16_t largest = bf16(size / (w.raw.kind == SCT_INT4 ? 8 : 128));
         for (uint16_t &scale : scales) scale = size == 0 ? static_cast<uint16_t>(0x3c00 + between(0, 0x400)) : largest;
         w.scales.fill(scales);
     } else {

@@ -109,7 +109,7 @@ def test_the_embedding_is_small_where_that_costs_less_than_pruning(
     base, tmp_path, monkeypatch, small_embedding, embedding
 ):
     """The sparsity that an embedding of eight bits asks for costs some hundredths of what half of the weights do."""
-    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_: Prices(0.3, small_embedding))
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_, **__: Prices(0.3, small_embedding))
     target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="nl4", sparsity=0.5))
     said = []
     done = derive_tiny(base, tmp_path / "out", target_size=target, announce=said.append)
@@ -119,7 +119,7 @@ def test_the_embedding_is_small_where_that_costs_less_than_pruning(
     said_groups = f"values nl4 in groups of {chosen['group_size']}, embedding {embedding}"
     assert said[0] == f"for {target / 1e6:,.0f} MB: {said_groups}, sparsity {chosen['sparsity']}"
     # Nothing is measured for what is there.
-    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_, **__: pytest.fail("measured"))
     again = derive_tiny(base, tmp_path / "out", target_size=target, resume=True)
     assert again.log == {}
     with pytest.raises(OutputError, match="exists"):
@@ -129,10 +129,10 @@ def test_the_embedding_is_small_where_that_costs_less_than_pruning(
 def test_an_interrupted_derivation_keeps_the_way_that_it_was_begun_with(base, tmp_path, monkeypatch):
     """Another machine may measure a little differently."""
     target = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(values="nl4", sparsity=0.5))
-    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_: Prices(0.3, 0.5))
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_, **__: Prices(0.3, 0.5))
     whole = derive_tiny(base, tmp_path / "whole", target_size=target)
     interrupt(base, tmp_path / "out", target_size=target)
-    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_: Prices(0.3, 1e-4))
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_, **__: Prices(0.3, 1e-4))
     done = derive_tiny(base, tmp_path / "out", target_size=target, resume=True)
     assert contents(done.path) == contents(whole.path)
     assert done.manifest["recipe"]["embedding_values"] == "int8"

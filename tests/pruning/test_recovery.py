@@ -12,8 +12,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import secateur  # noqa: F401 - registers the format
-from secateur.checkpoint.format import CARD, MANIFEST, PRUNED, PRUNED_WHOLE, RECOVERY, read_json
+from secateur.checkpoint.bitmask import pack_integers, unpack
+from secateur.checkpoint.format import CARD, MANIFEST, PRUNED, PRUNED_WHOLE, RECOVERY, Encoding, read_json
 from secateur.checkpoint.inspect import inspect
+from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.config import make_recipe
 from secateur.errors import ConfigError, ModelError, OutputError, ResourceError
 from secateur.pruning import recovery
@@ -438,3 +440,17 @@ def test_whatever_was_pruned_learns(base, tmp_path, monkeypatch, options):
         assert torch.equal(one[name][0], other[name][0])
         if options.get("sparsity") != 0:  # a model that is its parent has nothing to learn
             assert not torch.equal(one[name][1], other[name][1])
+
+
+@pytest.mark.parametrize("values", ["int8", "int4", "nl4"])
+def test_what_is_learnt_is_what_is_stored_for_weights_of_zero_too(values):
+    weight = torch.randn(4, 70, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(4, 70, generator=torch.Generator().manual_seed(1)) < 0.6
+    weight[:, ::3] = 0
+    weight[2] = 0
+    scales = quantise(weight, mask, None, values=values, group_size=32).scales
+    grid = recovery.Grid(scales, mask, Encoding(values, 32))
+    stored = grid.quantised(weight * mask)
+    assert torch.equal(dequantise(stored, values=values, group_size=32), grid.nearest(weight * mask))
+    packed = pack_integers(stored, mask, Encoding(values, 32).bits)
+    assert torch.equal(unpack(packed, (4, 70), encoding=Encoding(values, 32))[0], grid.nearest(weight * mask))

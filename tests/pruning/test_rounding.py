@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from secateur.checkpoint.bitmask import pack_integers, unpack
+from secateur.checkpoint.format import Encoding
 from secateur.checkpoint.quantise import CODEBOOKS, dequantise, quantise
 from secateur.pruning.layer_problem import LayerProblem
 from secateur.pruning.masks import Target, keep_top
@@ -134,3 +136,28 @@ def test_a_derivation_with_a_gram_matrix_rounds_so(tmp_path, monkeypatch, values
     first = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(settled[first][0], nearest[first][0])
     assert not torch.equal(settled[first][1], nearest[first][1])
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_levels_without_a_zero_store_groups_without_a_scale(sparsity):
+    """What is kept there is 0 whatever its code, and must not have that of what is removed."""
+    weight, inputs = layer(rows=4, width=77)
+    weight[1] = 0
+    weight[:, 32:64] = 0
+    _, settled, mask = rounded(weight, inputs, "nl4", sparsity=sparsity)
+    assert (settled.codes[mask] < 16).all()
+    assert (settled.codes[~mask] == 16).all()
+    encoding = Encoding("nl4", 32)
+    found, found_mask = unpack(pack_integers(settled, mask, 4), (4, 77), encoding=encoding)
+    assert torch.equal(found_mask, mask)
+    assert torch.equal(found, dequantise(settled, values="nl4", group_size=32))
+    assert not found[1].any()
+    assert not found[:, 32:64].any()
+
+
+def test_steps_that_are_nearly_nothing_do_no_harm():
+    weight, inputs = layer(rows=4, width=64)
+    weight[:, :32] *= 1e-36
+    for values in ("int4", "nl4"):
+        _, settled, _ = rounded(weight, inputs * 1e-3, values)
+        assert torch.isfinite(dequantise(settled, values=values, group_size=32)).all()

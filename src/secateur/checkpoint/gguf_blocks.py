@@ -76,8 +76,11 @@ def from_integers(quantised: Quantised, encoding: Encoding, kind: GGMLQuantizati
     if kind != GGMLQuantizationType.Q8_0:
         codes = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
     else:
-        codes = CODEBOOKS[encoding.values].numbers(quantised.codes).numpy().astype(np.int8).view(np.uint8)
-        codes = codes.reshape(len(codes), n_blocks, BLOCK)
+        book = CODEBOOKS[encoding.values]
+        if book.levels is None:
+            codes = codes - np.uint8(book.offset)  # modulo 256, so the bits are those of int8
+        else:
+            codes = np.array((*book.levels, 0), dtype=np.int8).view(np.uint8)[codes]
     return np.concatenate([blocks, codes], axis=2).reshape(len(codes), -1)
 
 

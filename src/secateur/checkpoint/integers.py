@@ -32,6 +32,8 @@ def to_bytes(codes: Array, counts: Array, bits: int) -> Array:
     """
     if bits == 8:
         return codes
+    if codes.size and codes.max() > 15:
+        raise ValueError(f"code {codes.max()} does not fit into four bits: what is not kept was to be packed")
     used = _used_nibbles(counts)
     nibbles = np.zeros(len(used), dtype=np.uint8)
     nibbles[used] = codes

@@ -51,14 +51,17 @@ class Codebook:
         """Return what codes uint8 stand for, float32 of the same shape; 0 where nothing is kept."""
         if self.levels is None:
             return codes.float().sub_(self.offset)
-        return torch.tensor((*self.levels, 0), dtype=torch.float32, device=codes.device)[codes.long()]
+        return _all_levels(self.levels, codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
-    def codes(self, numbers: Tensor) -> Tensor:
-        """Return the codes uint8 of numbers that are in the book, or 0."""
+    def codes(self, numbers: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return the codes uint8 of numbers in the book; `kept` bool of the same shape is False where nothing is kept.
+
+        A number that is kept and not in the book has the code of the next one, as a 0 that no scale changes.
+        """
         if self.levels is None:
             return numbers.add(self.offset).to(torch.uint8)
-        found = torch.bucketize(numbers, torch.tensor(self.levels, dtype=torch.float32, device=numbers.device))
-        return torch.where(numbers == 0, self.removed, found).to(torch.uint8)
+        found = torch.bucketize(numbers, _all_levels(self.levels, numbers.device)[:-1], out_int32=True).to(torch.uint8)
+        return found if kept is None else found.masked_fill_(~kept, self.removed)
 
     def nearest(self, values: Tensor) -> Tensor:
         """Return the numbers that are nearest to values, in the place of these; also where nothing is kept."""
@@ -68,6 +71,12 @@ class Codebook:
         return values.copy_(
             _nearest_levels(self.levels, values.device).index_select(0, places.view(-1)).view_as(values)
         )
+
+
+@functools.cache
+def _all_levels(levels: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return what each code stands for, the last one for what is not kept."""
+    return torch.tensor((*levels, 0), dtype=torch.float32, device=device)
 
 
 @functools.cache
@@ -171,7 +180,8 @@ def quantise(
         )
         found, scale = _search(columns, loudness[:, : columns.shape[1]], there, book)
         whole = found.T.reshape(len(part), groups * group_size)[:, :in_features]
-        codes[start : start + rows] = book.codes(torch.from_numpy(np.ascontiguousarray(whole)))
+        kept = None if mask is None else mask[start : start + rows].cpu()
+        codes[start : start + rows] = book.codes(torch.from_numpy(np.ascontiguousarray(whole)), kept)
         scales[start : start + rows] = torch.from_numpy(np.ldexp(scale, exponent)).view(len(part), groups)
     return Quantised(codes, scales)
 

@@ -98,7 +98,13 @@ def _in_four_bits(recipe: Recipe) -> bool:
 
 
 def measure_prices(
-    base: Base, token_ids: Tensor, recipe: Recipe, device: torch.device, progress: Callable[[int, int], None]
+    base: Base,
+    token_ids: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+    *,
+    embedding: str = "nl4",
 ) -> Prices:
     """Measure what a base model loses on text that is not what it will be judged by.
 
@@ -110,6 +116,8 @@ def measure_prices(
         How many tokens the first one counts as, and what scores compete in.
     progress
         Called with the steps that are done, and their number.
+    embedding
+        The values of a small embedding.
 
     Raises
     ------
@@ -131,7 +139,7 @@ def measure_prices(
         if not bool(torch.isfinite(parent).all()):
             raise ModelError("the model itself gives probabilities that are no numbers: it overflows in its precision")
         progress(1, 3)
-        with _small_embedding(model):
+        with _small_embedding(model, embedding):
             release_freed_memory()
             small = _finite(mean_divergence(parent, spread_logits(model, token_ids)))
         progress(2, 3)
@@ -149,11 +157,11 @@ def measure_prices(
 
 
 @contextmanager
-def _small_embedding(model: PreTrainedModel) -> Iterator[None]:
-    """While it is open embedding and head have four bits."""
+def _small_embedding(model: PreTrainedModel, values: str) -> Iterator[None]:
+    """While it is open embedding and head have these values."""
     weights = [model.get_parameter(name) for name in embedding_weights(model)]
     originals = [weight.data for weight in weights]
-    round_embedding(model)
+    round_embedding(model, values)
     try:
         yield
     finally:
@@ -165,9 +173,9 @@ def _has_small_embedding(recipe: Recipe) -> bool:
     return recipe.values != "base" and recipe.embedding_values != "int8"
 
 
-def round_embedding(model: PreTrainedModel) -> PreTrainedModel:
-    """Give embedding and head of a model the values that they have when they are stored as nl4; return the model."""
-    encoding = DENSE_ENCODINGS["nl4"]
+def round_embedding(model: PreTrainedModel, values: str = "nl4") -> PreTrainedModel:
+    """Give embedding and head of a model the values that they have when they are stored so; return the model."""
+    encoding = DENSE_ENCODINGS[values]
     for weight in {id(one): one for one in map(model.get_parameter, embedding_weights(model))}.values():
         codes = quantise(weight.data, None, None, values=encoding.values, group_size=encoding.group_size)
         rounded = dequantise(codes, values=encoding.values, group_size=encoding.group_size, dtype=weight.dtype)

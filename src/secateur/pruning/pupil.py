@@ -36,7 +36,7 @@ def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, recipe: Recip
                 masks[name] = mask.to(device)
                 if encoding.bits:
                     found = quantise(weight, mask, None, values=encoding.values, group_size=encoding.group_size)
-                    grids[name] = Grid(found.scales.to(device), encoding)
+                    grids[name] = Grid(found.scales.to(device), masks[name], encoding)
     outside = {name: tensors[name] for name in base.outer_names()}
     if encoding.bits:  # embedding and head will be integers too
         outside |= {

@@ -43,18 +43,21 @@ class Grid:
     ----------
     scales
         bfloat16 [out_features, groups], as they are stored.
+    mask
+        bool [out_features, in_features], True = kept.
     encoding
-        Bits and group size.
+        Values and group size.
     """
 
     scales: Tensor
+    mask: Tensor
     encoding: Encoding
 
     def numbers(self, weight: Tensor) -> Tensor:
-        """Return the nearest numbers of the codebook, float32 [out_features, in_features]; 0 for a weight that is 0."""
+        """Return the nearest numbers of the codebook, float32 [out_features, in_features]; 0 for what is not kept."""
         scales = self._spread(weight)
         nearest = CODEBOOKS[self.encoding.values].nearest(torch.where(scales == 0, 0.0, weight / scales))
-        return torch.where(weight == 0, 0.0, nearest)
+        return nearest.masked_fill_(~self.mask, 0.0)
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Return the nearest weight, float32 [out_features, in_features]."""
@@ -62,7 +65,7 @@ class Grid:
 
     def quantised(self, weight: Tensor) -> Quantised:
         """Return the nearest weight as it is stored."""
-        codes = CODEBOOKS[self.encoding.values].codes(self.numbers(weight))
+        codes = CODEBOOKS[self.encoding.values].codes(self.numbers(weight), self.mask)
         return Quantised(codes.cpu(), self.scales.cpu())
 
     def _spread(self, weight: Tensor) -> Tensor:

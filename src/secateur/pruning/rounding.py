@@ -14,6 +14,7 @@ from secateur.checkpoint.quantise import CODEBOOKS, Codebook, Quantised, spread_
 from secateur.pruning.layer_problem import LayerProblem
 
 SWEEPS = 4
+_TINY = 1e-37
 _BLOCK = 128  # columns after which the others are told what has changed
 
 
@@ -54,7 +55,7 @@ def settle(
     begin = (weight.to(device).float() * problem.norms).T * mask.to(device).T
     codes = _better_rows(problem, steps, nearest, _in_order(problem, begin.contiguous(), steps, book))
     codes = _descend(problem, codes, steps, book, sweeps)
-    return Quantised(book.codes(codes.T.contiguous()).cpu(), quantised.scales)
+    return Quantised(book.codes(codes.T.contiguous(), mask.to(device)).cpu(), quantised.scales)
 
 
 def _in_order(problem: LayerProblem, weight: Tensor, steps: Tensor, book: Codebook) -> Tensor:
@@ -113,5 +114,6 @@ def _nearest(book: Codebook, values: Tensor, steps: Tensor) -> Tensor:
 
 
 def _inverse(steps: Tensor) -> Tensor:
-    """Return 1 / steps, and 0 where a step is 0."""
-    return torch.where(steps != 0, 1 / torch.where(steps != 0, steps, 1.0), 0.0)
+    """Return 1 / steps, and 0 where a step is 0, or so small that this would be infinite."""
+    moves = steps.abs() > _TINY
+    return torch.where(moves, 1 / torch.where(moves, steps, 1.0), 0.0)

@@ -54,8 +54,9 @@ def _measured(base: Base, sized: tuple[Recipe, ...], texts: Texts, execution: Ex
     def progress(done: int, total: int) -> None:
         execution.progress("size", done, total)
 
+    embedding = next((one.embedding_values for one in sized if one.embedding_values != "int8"), "nl4")
     with limited_threads(threads):
-        return measure_prices(base, torch.from_numpy(token_ids), sized[0], execution.torch_device, progress)
+        return measure_prices(base, torch.from_numpy(token_ids), sized[0], device, progress, embedding=embedding)
 
 
 def _described(recipe: Recipe) -> str:

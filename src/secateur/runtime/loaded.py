@@ -162,7 +162,7 @@ class LoadedModel:
         Natively one step computes a token of every text that goes on, and what all prompts begin with is computed
         once; torch takes one text after the other and gives exactly what `generate` does with the seed `seed + i` for
         text `i`. Natively that holds up to the order in which the kernels add, which depends on how many tokens a step
-        has, and in int8 and int4 up to the rounding of activations to 8 bits, which carries the difference on: where
+        has, and with integers up to the rounding of activations to 8 bits, which carries the difference on: where
         two tokens are about equally likely, the other one may be taken, and from there the texts differ.
 
         Parameters
