@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur.errors import ConfigError, ModelError
+from secateur.models import vocabulary as vocabulary_module
 from secateur.models.source import ModelFolder, load_tokenizer, resolve_model
 from secateur.models.vocabulary import Vocabulary, choose_vocabulary, smaller_model
 from tests.calibration.texts import word_tokenizer
+from tests.checkpoint.gguf_bases import save_sentencepiece
 from tests.tiny import tiny_model
 
 WORDS = ["value", "while", "naïve", "return", "    "]
@@ -166,11 +168,84 @@ def test_numbers_that_leave_all_or_too_few_are_refused(tmp_path, count, message)
 
 
 def test_other_kinds_of_tokenizers_are_refused(tmp_path):
-    whole = save(tmp_path / "whole")
+    whole = save(tmp_path / "whole", "olmo")
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1})))
     words.save_pretrained(whole.path)
     with pytest.raises(ModelError, match="'WordLevel'"):
         choose_vocabulary(whole, [0], [], 10)
+
+
+def test_of_several_ways_to_make_a_token_the_one_that_is_taken_is_kept(tmp_path):
+    """As in files that list every split of a word: `ab` + `c` comes first, but `b` + `c` is merged before it."""
+    whole = save(tmp_path / "whole", "olmo")
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary = letters | {"bc": 256, "ab": 257, "abc": 258}
+    merges = [("b", "c"), ("ab", "c"), ("a", "bc"), ("a", "b")]
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(whole.path)
+    vocabulary = choose_vocabulary(whole, range(256), [258], SIZE - 1)
+    assert vocabulary.token_ids.tolist() == [*range(257), 258]
+    assert load_tokenizer(smaller_model(whole, vocabulary)).tokenize("abc") == ["abc"]
+
+
+def test_sentencepiece_of_byte_pairs(tmp_path):
+    """With a class that does not take its pipeline from the file."""
+    whole = save(tmp_path / "whole", "llama")
+    save_sentencepiece(whole.path)
+    old = load_tokenizer(whole)
+    wanted = [token for token in old.get_vocab().values() if token < 290]
+    needed_ = [old.bos_token_id, old.eos_token_id, *(i for t, i in old.get_vocab().items() if t.startswith("<0x"))]
+    vocabulary = choose_vocabulary(whole, sorted(one for one in needed_ if one is not None), wanted, 280)
+    new = load_tokenizer(smaller_model(whole, vocabulary))
+    for text in ("  two spaces", "naïve 日本", "a\n\tb"):
+        assert new.decode(new(text).input_ids) == old.decode(old(text).input_ids)
+
+
+def test_a_second_table_of_tokens_is_refused(tmp_path, monkeypatch):
+    whole = save(tmp_path / "whole")
+    real = vocabulary_module.load_skeleton
+
+    def with_table(folder):
+        model = real(folder)
+        model.model.embed_tokens_per_layer = torch.nn.Embedding(SIZE, 8)
+        return model
+
+    monkeypatch.setattr(vocabulary_module, "load_skeleton", with_table)
+    with pytest.raises(ModelError, match="embed_tokens_per_layer"):
+        choose_vocabulary(whole, needed(), [], SIZE - 1)
+
+
+def test_lists_of_tokens_are_left_out_and_what_is_no_token_is_no_id(tmp_path):
+    whole = save(tmp_path / "whole")
+    path = whole.path / "generation_config.json"
+    content = json.loads(path.read_text()) | {"suppress_tokens": [1, 2], "forced_eos_token_id": True}
+    path.write_text(json.dumps(content))
+    config = json.loads((whole.path / "config.json").read_text())
+    del config["vocab_size"]
+    made, kept = smaller(whole, [])
+    generation = json.loads((made.path / "generation_config.json").read_text())
+    assert "suppress_tokens" not in generation
+    assert generation["forced_eos_token_id"] is None
+    assert json.loads((made.path / "config.json").read_text())["vocab_size"] == len(kept)
+
+
+def test_another_chat_template_makes_another_folder(tmp_path):
+    whole = save(tmp_path / "whole")
+    (whole.path / "LICENSES").mkdir()
+    first, _ = smaller(whole, [])
+    (whole.path / "chat_template.jinja").write_text("{{ messages }}")
+    second, _ = smaller(whole, [])
+    assert second.path != first.path
+    assert (second.path / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_damaged_folder_in_the_cache_is_made_again(tmp_path):
+    whole = save(tmp_path / "whole")
+    made, _ = smaller(whole, [])
+    (made.path / "model.safetensors").write_bytes(b"x")
+    again, _ = smaller(whole, [])
+    assert resolve_model(again.path).path == made.path
 
 
 def test_a_tokenizer_that_would_lose_text_leaves_nothing_behind(tmp_path):

@@ -45,7 +45,8 @@ class Plan:
     corpora
         Sources of the text of each task; empty where there is none.
     window_length
-        Tokens in a window, at most: what the smallest of the models can take, up to 512.
+        Tokens in a window, at most: what the smallest of the models can take, up to 512. Counted by the tokenizer that
+        the text was drawn with; others may need more.
     """
 
     tasks: tuple[Task, ...]
@@ -78,6 +79,10 @@ def make_plan(
     length = min([WINDOW_LENGTH, *positions.values()])
     text = _draw(drawn, tokenizers, against_name, limit, length, data)
     while (longest := _longest_beyond(text, positions)) is not None:
+        if length == 2:
+            raise ConfigError(
+                f"{longest[0]} takes {positions[longest[0]]} tokens, too few for two of the others' tokens"
+            )
         length = max(2, min(length - 1, length * positions[longest[0]] // longest[1]))
         text = _draw(drawn, tokenizers, against_name, limit, length, data)
     subjects = [Subject(name, folder, {**missing, **text[name]}) for name, folder in folders.items()]

@@ -101,7 +101,7 @@ def resolve_model(name: str | Path) -> ModelFolder:
         # Imported here because it imports torch by way of the converter.
         from secateur.models.demo import DEMO_NAME, demo_folder
 
-        return _cached(demo_folder, DEMO_NAME)
+        return cached_model(demo_folder, DEMO_NAME)
     if path.is_dir():
         return _checked(ModelFolder(path.resolve(), text))
     if path.is_file():
@@ -137,10 +137,10 @@ def _from_file(path: Path) -> ModelFolder:
         raise ModelError(f"{path} is a file, but not a *.gguf; give the model's folder, or a GGUF file")
     from secateur.models.gguf import convert_gguf
 
-    return _cached(lambda: convert_gguf(path), path.stem)
+    return cached_model(lambda: convert_gguf(path), path.stem)
 
 
-def _cached(make: Callable[[], Path], name: str) -> ModelFolder:
+def cached_model(make: Callable[[], Path], name: str) -> ModelFolder:
     """Return the model that `make` takes from the cache or puts there."""
     folder = make()
     try:

@@ -11,23 +11,28 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from secateur.errors import ConfigError, ModelError
 from secateur.files import atomic_folder, cache_folder, sha256_file
 from secateur.models.safetensors_writer import Lazy, write_safetensors
-from secateur.models.source import ModelFolder, Trimming, load_tokenizer, read_json
+from secateur.models.source import ModelFolder, Trimming, cached_model, load_tokenizer, read_json
 from secateur.models.weights import WeightReader, load_skeleton
 
-VERSION = 1  # part of the cache's key: raise it when the folder that is made of a model changes
+VERSION = 2  # part of the cache's key: raise it when the folder that is made of a model changes
 COPIED = ("LICENSE*", "NOTICE*", "USE_POLICY*", "chat_template.jinja", "special_tokens_map.json")
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CONFIGS = ("config.json", "generation_config.json")
+_POSITIONS = ("pos", "wpe")  # in the names of tables that no token is looked up in
+# Settings of generation that name tokens by old ids, and are of no use to a sub-model.
+_LISTS_OF_TOKENS = {"suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids", "sequence_bias"}
 # What a tokenizer has to give back unchanged, whatever is left of its vocabulary.
 _SAMPLES = ("def f(x):\n\treturn [x] * 2  # naïve\n", "日本語 🙂 ǅ\r\n", "  The quick brown fox; 12345.678e-9\n\n")
 
@@ -52,6 +57,28 @@ class Vocabulary:
         return hashlib.sha256(self.token_ids.astype("<i4").tobytes()).hexdigest()
 
 
+def check_vocabulary(folder: ModelFolder, count: int) -> int:
+    """Return how many tokens a model has; raises what can be said before any text is read.
+
+    Raises
+    ------
+    ConfigError
+        When `count` is not smaller than the vocabulary.
+    ModelError
+        When the tokenizer is none of byte pairs, or the model looks tokens up in a further matrix.
+    """
+    model = load_skeleton(folder)
+    size = int(model.get_input_embeddings().weight.shape[0])
+    if count >= size:
+        raise ConfigError(f"model {folder.name!r} has {size:,} tokens: leave --vocabulary {count} out, or give fewer")
+    _byte_pairs(folder.path)
+    for name, module in model.named_modules():
+        tables = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+        if tables and len(module.weight) > size // 2 and not any(one in name for one in _POSITIONS):
+            raise ModelError(f"model {folder.name!r} looks tokens up in {name!r} too: leave --vocabulary out")
+    return size
+
+
 def choose_vocabulary(folder: ModelFolder, needed: Sequence[int], others: Iterable[int], count: int) -> Vocabulary:
     """Choose at most `count` tokens: all that are needed, and others in their order, each with what it is made of.
 
@@ -60,11 +87,9 @@ def choose_vocabulary(folder: ModelFolder, needed: Sequence[int], others: Iterab
     ConfigError
         When `count` is not smaller than the vocabulary, or too small for the tokens that are needed.
     ModelError
-        When the tokenizer is none of byte pairs.
+        As `check_vocabulary`.
     """
-    size = int(load_skeleton(folder).get_input_embeddings().weight.shape[0])
-    if count >= size:
-        raise ConfigError(f"model {folder.name!r} has {size:,} tokens: leave --vocabulary {count} out, or give fewer")
+    size = check_vocabulary(folder, count)
     pieces = _Pieces(_byte_pairs(folder.path))
     kept: set[int] = set()
     for token in needed:
@@ -92,7 +117,7 @@ class _Pieces:
         model = tokenizer["model"]
         self.vocabulary: dict[str, int] = model["vocab"]
         self.words = {index: word for word, index in self.vocabulary.items()}
-        self.made = {left + right: (left, right) for left, right in reversed(_merges(model))}
+        self.made = _made(_merges(model))
         # Where bytes stand in for what is unknown, they do; elsewhere a letter that is lost could not be written.
         self.letters = {
             index for word, index in self.vocabulary.items() if len(word) == 1 and not model.get("byte_fallback")
@@ -109,6 +134,28 @@ class _Pieces:
         return found
 
 
+def _made(merges: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """Return for each word the two that are merged into it at last; some tokenizers list every way to split one."""
+    ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
+    made: dict[str, tuple[str, str]] = {}
+    several: set[str] = set()
+    for left, right in merges:
+        if left + right in made:
+            several.add(left + right)
+        made.setdefault(left + right, (left, right))
+    for word in several:
+        parts = list(word)
+        while len(parts) > 2:
+            pairs = list(pairwise(parts))
+            best = min(range(len(pairs)), key=lambda place: ranks.get(pairs[place], len(ranks)))
+            if pairs[best] not in ranks:
+                break
+            parts[best : best + 2] = ["".join(pairs[best])]
+        if len(parts) == 2:
+            made[word] = (parts[0], parts[1])
+    return made
+
+
 def smaller_model(folder: ModelFolder, vocabulary: Vocabulary) -> ModelFolder:
     """Return a model with these tokens, made once and kept in the cache; its `trimming` says of which it is one.
 
@@ -120,22 +167,29 @@ def smaller_model(folder: ModelFolder, vocabulary: Vocabulary) -> ModelFolder:
         When the cache cannot be written.
     """
     files = [folder.path / name for name in (*CONFIGS, TOKENIZER, TOKENIZER_CONFIG) if (folder.path / name).exists()]
-    hashes = [sha256_file(path) for path in (*files, *folder.weight_files())]
+    files += [*_copied(folder.path), *folder.weight_files()]
+    hashes = [f"{path.name} {sha256_file(path)}" for path in files]
     key = hashlib.sha256("\n".join((*hashes, vocabulary.sha256(), str(VERSION))).encode()).hexdigest()[:16]
     target = cache_folder() / "models" / f"{Path(folder.name).name}-{len(vocabulary.token_ids)}-{key}"
-    if not target.is_dir():
-        with atomic_folder(target) as made:
-            _write_tokenizer(folder.path, vocabulary, made)
-            _write_configs(folder.path, vocabulary, made)
-            _write_weights(folder, vocabulary, made)
-            _check_tokenizer(folder.path, made)
+
+    def make() -> Path:
+        if not target.is_dir():
+            with atomic_folder(target) as made:
+                _write_tokenizer(folder.path, vocabulary, made)
+                _write_configs(folder.path, vocabulary, made)
+                _check_tokenizer(folder.path, made, vocabulary)
+                _write_weights(folder, vocabulary, made)
+        return target
+
+    cached_model(make, folder.name)
     record = {"tokens": len(vocabulary.token_ids), "of": vocabulary.size, "sha256": vocabulary.sha256()}
     return replace(folder, path=target, trimming=Trimming(folder.path, record))
 
 
 def _byte_pairs(path: Path) -> dict[str, Any]:
-    """Return the content of tokenizer.json."""
-    tokenizer = read_json(path / TOKENIZER)
+    """Return what the tokenizer is made of: what its class makes of tokenizer.json, which may be something else."""
+    backend = getattr(load_tokenizer(path), "backend_tokenizer", None)
+    tokenizer = json.loads(backend.to_str()) if backend is not None else {}
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else None
@@ -175,9 +229,12 @@ def _write_tokenizer(source: Path, vocabulary: Vocabulary, target: Path) -> None
     # Other classes may look for a vocabulary in files of their own, which are left behind.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     _write_json(target / TOKENIZER_CONFIG, settings)
-    for pattern in COPIED:
-        for path in sorted(source.glob(pattern)):
-            shutil.copyfile(path, target / path.name)
+    for path in _copied(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def _copied(source: Path) -> list[Path]:
+    return [path for pattern in COPIED for path in sorted(source.glob(pattern)) if path.is_file()]
 
 
 def _renumbered(processor: Any, ids: Mapping[int, int]) -> Any:
@@ -189,13 +246,21 @@ def _renumbered(processor: Any, ids: Mapping[int, int]) -> Any:
     changed = {key: _renumbered(value, ids) for key, value in processor.items()}
     if processor.get("type") == "TemplateProcessing":
         changed["special_tokens"] = {
-            name: {**one, "ids": [ids[index] for index in one["ids"]]}
+            name: {**one, "ids": [_new(ids, index) for index in one["ids"]]}
             for name, one in (processor.get("special_tokens") or {}).items()
         }
     for end in ("sep", "cls"):
         if end in processor:
-            changed[end] = [processor[end][0], ids[processor[end][1]]]
+            changed[end] = [processor[end][0], _new(ids, processor[end][1])]
     return changed
+
+
+def _new(ids: Mapping[int, int], token: int) -> int:
+    if token not in ids:
+        raise ModelError(
+            f"the tokenizer puts token {token} around a text, which has no row in the model: leave --vocabulary out"
+        )
+    return ids[token]
 
 
 def _write_configs(source: Path, vocabulary: Vocabulary, target: Path) -> None:
@@ -206,9 +271,13 @@ def _write_configs(source: Path, vocabulary: Vocabulary, target: Path) -> None:
         config = read_json(source / name)
         for key, value in config.items():
             if key.endswith("_token_id"):
-                config[key] = [ids[one] for one in value if one in ids] if isinstance(value, list) else ids.get(value)
-        if "vocab_size" in config:
+                named = value if isinstance(value, list) else [value]
+                found = [ids[one] for one in named if type(one) is int and one in ids]
+                config[key] = found if isinstance(value, list) else next(iter(found), None)
+        if name == CONFIGS[0]:
             config["vocab_size"] = len(vocabulary.token_ids)
+        for key in _LISTS_OF_TOKENS & config.keys():
+            del config[key]
         _write_json(target / name, config)
 
 
@@ -237,14 +306,15 @@ def _read(reader: WeightReader, name: str, rows: torch.Tensor | None) -> torch.T
     return reader.mapped(name) if rows is None else reader.mapped(name)[rows]
 
 
-def _check_tokenizer(source: Path, target: Path) -> None:
-    """Raise `ModelError` when a text comes back from the smaller tokenizer as another one."""
-    larger, smaller = load_tokenizer(source), load_tokenizer(target)
-    for text in _SAMPLES:
+def _check_tokenizer(source: Path, target: Path, vocabulary: Vocabulary) -> None:
+    """Raise `ModelError` when a text comes back from the smaller tokenizer as another one, or in other tokens."""
+    larger, smaller, ids = load_tokenizer(source), load_tokenizer(target), _new_ids(vocabulary)
+    for text in (*_SAMPLES, *"aZ 0\n"):
         before, after = (one.decode(one(text, add_special_tokens=False).input_ids) for one in (larger, smaller))
-        if before != after:
+        whole = [ids.get(token) for token in larger(text).input_ids]
+        if before != after or (None not in whole and smaller(text).input_ids != whole):
             raise ModelError(
-                f"with fewer tokens the tokenizer in {source} gives {after!r} for {before!r}: leave --vocabulary out"
+                f"with fewer tokens the tokenizer in {source} would read {before!r} otherwise: leave --vocabulary out"
             )
 
 

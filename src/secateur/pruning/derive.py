@@ -212,6 +212,7 @@ def derive_recipe(
     check_writable(Path(output))
     folder = resolve_model(recipe.model)
     if recipe.vocabulary is not None:
+        check_length(Base.open(folder).model, recipe.sequence_length)  # before a smaller model is written
         progress("tokens", 0, 1)
         folder = with_vocabulary(folder, mixture, recipe.vocabulary, seed=recipe.seed, data=data)
         progress("tokens", 1, 1)

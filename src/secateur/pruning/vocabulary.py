@@ -6,7 +6,7 @@ from pathlib import Path
 from secateur.calibration.mixture import Mixture
 from secateur.calibration.vocabulary import more_tokens, rank_tokens
 from secateur.models.source import ModelFolder, load_tokenizer
-from secateur.models.vocabulary import choose_vocabulary, smaller_model
+from secateur.models.vocabulary import check_vocabulary, choose_vocabulary, smaller_model
 from secateur.pruning.base import named_tokens
 
 
@@ -37,6 +37,7 @@ def with_vocabulary(
     ModelError
         When the tokenizer is none of byte pairs.
     """
+    check_vocabulary(folder, count)
     tokenizer = load_tokenizer(folder)
     ranking = rank_tokens(mixture, tokenizer, always=named_tokens(folder.path), seed=seed, data=data)
     vocabulary = choose_vocabulary(folder, ranking.needed, ranking.others, count)
