@@ -33,6 +33,7 @@ from secateur.evaluation.perplexity import evaluate_perplexity
 from secateur.evaluation.speed import benchmark
 from secateur.files import atomic_file, atomic_write_bytes
 from secateur.models.gguf_names import tensor_sources
+from secateur.models.products import fast_products
 from secateur.models.source import load_tokenizer, resolve_model
 from secateur.models.structure import find_blocks
 from secateur.pruning.derive import derive_recipe
@@ -48,7 +49,10 @@ def importance_matrix(folder, domain, samples, data):
     tokenizer = load_tokenizer(folder)
     token_ids = torch.from_numpy(secateur.calibrate(domain, tokenizer, samples=samples, data=data).token_ids)
     names = [f"{block.name}.{linear}" for block in find_blocks(model) for linear in block.prunable]
-    sums = summed_inputs(model, names, token_ids, lambda inputs: inputs.float().flatten(0, -2).square().sum(0).double())
+    with fast_products():
+        sums = summed_inputs(
+            model, names, token_ids, lambda inputs: inputs.float().flatten(0, -2).square().sum(0).double()
+        )
     means = {f"{name}.weight": (total / token_ids.numel()).float() for name, total in sums.items()}
     config = read_json(folder.path / "config.json")
     sources = tensor_sources(config["model_type"], config)

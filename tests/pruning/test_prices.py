@@ -86,6 +86,8 @@ QWEN, SMOLLM2 = Prices(0.204, 0.0083), Prices(0.717, 0.121)
         (SMOLLM2, {"sparsity": 0.6}, 0.320),
         (SMOLLM2, {"values": "int4", "sparsity": 0.374, "budget": "packed"}, 0.111),
         (SMOLLM2, {"values": "int4", "sparsity": 0.5}, 0.209),
+        (SMOLLM2, {"values": "nl4", "sparsity": 0.5}, 0.204),
+        (SMOLLM2, {"values": "nl4", "sparsity": 0.0}, 0.050),
         (SMOLLM2, {"sparsity": 0.6, "method": "wanda"}, 1.48),
         (QWEN, {"sparsity": 0.5}, 0.112),
         (QWEN, {"sparsity": 0.6}, 0.216),
