@@ -243,7 +243,7 @@ bad("seed -1", lambda p: p.derive("--seed", "-1"), "seed", "-1")
 bad("unknown method", lambda p: p.derive("--method", "wand"), "'wand'", "'wanda'")
 bad("unknown budget", lambda p: p.derive("--budget", "uniforn"), "'uniforn'", "'uniform'")
 bad("unknown granularity", lambda p: p.derive("--granularity", "per_row"), "per_row", "per_output")
-bad("values int2", lambda p: p.derive("--values", "int2"), "'values'", "int2", "'base', 'int8' or 'int4'")
+bad("values int2", lambda p: p.derive("--values", "int2"), "'values'", "int2", "'base', 'int8', 'int4' or 'nl4'")
 bad("values as base calls them", lambda p: p.derive("--values", "bf16"), "'values'", "bf16", "'base'")
 bad("group size 48", lambda p: p.derive("--values", "int4", "--group-size", "48"), "group_size", "48", "32, 64 or 128")
 bad("group size many", lambda p: p.derive("--values", "int4", "--group-size", "many"), "--group-size", code=2)
@@ -381,8 +381,8 @@ _bad_inspect("missing shard", lambda p, t: replaced(p.child, t, FIRST_SHARD, Non
 _bad_inspect("truncated shard", lambda p, t: truncated(p.child, t, FIRST_SHARD), FIRST_SHARD, "cannot be read")
 _bad_inspect(
     "newer version",
-    lambda p, t: with_json(p.child, t, "config.json", lambda c: c["quantization_config"].update(version=3)),
-    "version 3",
+    lambda p, t: with_json(p.child, t, "config.json", lambda c: c["quantization_config"].update(version=4)),
+    "version 4",
     "newer secateur",
 )
 for part in ("values", "bitmask", "row_offsets"):
@@ -431,9 +431,9 @@ for verb in ("evaluate", "export", "generate"):
         f"{verb}: newer version",
         _bad_child(
             verb,
-            lambda p, t: with_json(p.child, t, "config.json", lambda c: c["quantization_config"].update(version=3)),
+            lambda p, t: with_json(p.child, t, "config.json", lambda c: c["quantization_config"].update(version=4)),
         ),
-        "version 3",
+        "version 4",
         "newer secateur",
     )
     bad(

@@ -92,7 +92,7 @@ def test_a_target_size(inputs, work, capsys):
     arguments += ["--sequence-length", "32", "-o", "out", "--target-size"]
     outcome = run([*arguments, "1B"], capsys)
     assert outcome.code == 1
-    assert "a target size of 0 MB cannot be reached: with int4, embedding int4, and 90% removed" in outcome.err
+    assert "a target size of 0 MB cannot be reached: with nl4, embedding nl4, and 90% removed" in outcome.err
     outcome = run([*arguments, "1 GB", "--values", "int8", "--json"], capsys)
     assert outcome.code == 0
     assert "for 1,000 MB: values int8 in groups of 128, embedding int8, sparsity 0.0" in outcome.err

@@ -198,7 +198,7 @@ def test_the_ends_of_sparsity(base, tmp_path, sparsity):
         ({"granularity": "per_row"}, ConfigError, "granularity"),
         ({"method": "wandaa"}, UnknownNameError, "did you mean 'wanda'"),
         ({"values": "int2"}, ConfigError, "'values' cannot be \"int2\""),
-        ({"group_size": 64}, ConfigError, "'group_size' cannot be 64: only int8 and int4"),
+        ({"group_size": 64}, ConfigError, "'group_size' cannot be 64: only int8, int4 and nl4"),
         ({"values": "int4", "group_size": 48}, ConfigError, "'group_size' cannot be 48: input should be 32, 64 or 128"),
         ({"budget": "unifrom"}, UnknownNameError, "did you mean 'uniform'"),
         ({"device": "cudaa"}, ConfigError, "device 'cudaa'"),
