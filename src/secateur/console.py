@@ -61,7 +61,8 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' warnings and progress bars out of our output; call it before transformers is imported."""
+    """Keep warnings and progress bars of libraries out of our output; call it before transformers is imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -3,6 +3,7 @@
 The other sources are `installed` (what is on the machine), `clients` (the user's npm and pip) and `paths`.
 """
 
+import bz2
 import gzip
 import json
 import os
@@ -157,11 +158,12 @@ class WikiTextFolder(Source):
 
 
 def read_bytes(file: Path) -> bytes:
-    """Return a file's content, unpacked if its name ends in .gz; raises `CorpusError` where it cannot be read."""
+    """Return a file's content, unpacked if its name ends in .gz or .bz2; raises `CorpusError` if it cannot be read."""
     try:
         content = file.read_bytes()
-        return gzip.decompress(content) if file.name.endswith(".gz") else content
-    except (OSError, EOFError, zlib.error) as error:
+        unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress}.get(file.suffix)
+        return content if unpack is None else unpack(content)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise CorpusError(f"{file} cannot be read: {error}") from error
 
 

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.evaluation.infilling import EACH, gaps, hash_of_gaps
+from secateur.evaluation.asked import plan_asked
 from secateur.evaluation.measuring import Measuring, Progress, compare_all
 from secateur.evaluation.plan import WINDOWS_PER_DOCUMENT, check_arguments, make_plan
 from secateur.evaluation.programs.folder import working_folder
 from secateur.evaluation.programs.generation import Asking
-from secateur.evaluation.programs.planning import benchmarks_of, plan_programs, settings_of
 from secateur.evaluation.results import Evaluation
 from secateur.files import atomic_folder
 
@@ -49,7 +48,7 @@ def evaluate(
     models
         Base models or sub-models, as `resolve_model` takes them; one or several.
     tasks
-        Names such as `perplexity:python`, `humaneval` or `multipl-e:java`.
+        Names such as `perplexity:python`, `humaneval`, `multipl-e:java` or `arc-easy`.
     against
         The model to compare with; it is measured as well, as the first column unless it is in `models`.
     limit
@@ -94,8 +93,8 @@ def evaluate(
     if threads is not None:
         set_threads(threads)
     plan = make_plan(models, tasks, against=against, limit=limit, data=data, skip_missing=skip_missing)
-    programs = plan_programs(
-        [task.name for task in plan.tasks if task.runs_programs],
+    asked = plan_asked(
+        plan.tasks,
         asking or Asking(),
         problems=problems,
         data=data,
@@ -109,20 +108,14 @@ def evaluate(
         "windows_per_document": WINDOWS_PER_DOCUMENT,
         "device": device,
         "threads": torch.get_num_threads(),
-        **({} if programs is None else settings_of(programs)),
+        **asked.settings(),
     }
-    infills = {
-        task.name: gaps(task.domain, data, problems or EACH)
-        for task in plan.tasks
-        if task.has_answers and not task.runs_programs
-    }
-    benchmarks = {} if programs is None else benchmarks_of(programs)
-    benchmarks |= {task: {"sha256": hash_of_gaps(some), "problems": len(some)} for task, some in infills.items()}
+    benchmarks = asked.benchmarks()
     hashes = {subject.name: _hashes(subject.folder) for subject in plan.subjects}
     with _folder(
         output, {"models": hashes, "settings": settings, "benchmarks": benchmarks}, resumable=bool(benchmarks)
     ) as folder:
-        measuring = Measuring(plan, programs, infills, folder, device, threads, progress)
+        measuring = Measuring(plan, asked, folder, device, threads, progress)
         measured = [measuring.run(subject, hashes[subject.name]) for subject in plan.subjects]
         records, columns = [record for record, _ in measured], [cells for _, cells in measured]
         if plan.against is not None:

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import secateur
-from secateur.evaluation.infilling import Gap, fill, hash_of_gaps, judge
+from secateur.evaluation.asked import Asked
+from secateur.evaluation.infilling import fill, hash_of_gaps, judge
 from secateur.evaluation.perplexity import PerplexityResult, compare_perplexity, evaluate_perplexity
 from secateur.evaluation.plan import Plan, Subject
 from secateur.evaluation.programs.folder import RESERVED
 from secateur.evaluation.programs.journal import Journal
-from secateur.evaluation.programs.run import SAMPLES, Programs, slug
+from secateur.evaluation.programs.run import SAMPLES, slug
 from secateur.evaluation.proportions import holm
 from secateur.evaluation.results import Cell, ModelRecord
 from secateur.evaluation.scores import Scores, ScoresComparison, compare_scores
 from secateur.evaluation.tasks import Task
+from secateur.evaluation.translating import judge as judge_sentences
+from secateur.evaluation.translating import translate
 from secateur.files import release_freed_memory
 
 if TYPE_CHECKING:
@@ -34,10 +37,8 @@ class Measuring:
 
     Attributes
     ----------
-    programs
-        What runs programs; None without such tasks.
-    infills
-        By task the gaps that are to be filled.
+    asked
+        What models answer.
     folder
         Where answers are kept, in a folder for each model.
     device, threads, progress
@@ -45,8 +46,7 @@ class Measuring:
     """
 
     plan: Plan
-    programs: Programs | None
-    infills: dict[str, list[Gap]]
+    asked: Asked
     folder: Path | None
     device: str
     threads: int | None
@@ -97,22 +97,31 @@ class Measuring:
         assert self.folder is not None  # noqa: S101 - the plan has asked for one
         folder, style = self.folder / self._place(subject), ""
         model = secateur.load(subject.folder.path, threads=self.threads)
-        for task, some in self.infills.items():
+        for task, some in self.asked.infills.items():
             (folder / slug(task)).mkdir(parents=True, exist_ok=True)
             with Journal(folder / slug(task) / SAMPLES) as journal:
                 fill(model, some, journal, self._reports(subject, f"{task}, answers"))
                 found[task] = Cell(task, subject.name, hash_of_gaps(some), judge(some, journal.records))
-        loaded = {} if self.programs is None else self.programs.loaded
-        for task in loaded:
-            assert self.programs is not None  # noqa: S101 - it has the task
-            style = self.programs.asking.chosen(model)
-            self.programs.answer(task, model, folder, self._reports(subject, f"{task}, answers"))
+        for task, question in self.asked.questions.items():
+            report = self._reports(subject, f"{task}, answers")
+            scores = question.ask(model, folder / slug(task), report, batch=self.asked.batch)
+            found[task] = Cell(task, subject.name, question.sha256, scores)
+        for task, sentences in self.asked.sentences.items():
+            (folder / slug(task)).mkdir(parents=True, exist_ok=True)
+            with Journal(folder / slug(task) / SAMPLES) as journal:
+                translate(model, sentences, journal, self._reports(subject, f"{task}, answers"), self.asked.batch)
+                found[task] = Cell(task, subject.name, sentences.sha256, judge_sentences(sentences, journal.records))
+        programs = self.asked.programs
+        if programs is None:
+            return
+        for task in programs.loaded:
+            style = programs.asking.chosen(model)
+            programs.answer(task, model, folder, self._reports(subject, f"{task}, answers"))
         del model
         release_freed_memory()
-        for task, benchmark in loaded.items():
-            assert self.programs is not None  # noqa: S101 - it has the task
-            scores = self.programs.judge(task, folder, style, self._reports(subject, f"{task}, runs"))
-            found[task] = Cell(task, subject.name, benchmark.sha256, scores)
+        for task, benchmark in programs.loaded.items():
+            judged = programs.judge(task, folder, style, self._reports(subject, f"{task}, runs"))
+            found[task] = Cell(task, subject.name, benchmark.sha256, judged)
 
     def _place(self, subject: Subject) -> str:
         """Return the name of a model's folder: the end of its own, with its number where another one ends alike."""

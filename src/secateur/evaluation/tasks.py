@@ -1,11 +1,13 @@
-"""What can be measured, by name: `perplexity:DOMAIN`, and benchmarks whose answers are programs."""
+"""What can be measured, by name: `perplexity:DOMAIN`, benchmarks whose answers are programs, and those of lm-eval."""
 
 from dataclasses import dataclass
 
 from secateur.errors import UnknownNameError
+from secateur.evaluation.questions.catalogue import QUESTIONS
+from secateur.evaluation.translating import PAIRS
 from secateur.registry import Registry, unknown_name
 
-PERPLEXITY, INFILL = "perplexity", "infill"
+PERPLEXITY, INFILL, TRANSLATION = "perplexity", "infill", "translation"
 
 KINDS: Registry[str] = Registry("task")
 KINDS.add(PERPLEXITY, "perplexity of held-out text of a domain, with its standard error over documents")
@@ -13,8 +15,11 @@ KINDS.add(INFILL, "lines and stretches taken out of held-out files of a domain; 
 KINDS.add("humaneval", "164 functions in Python from their docstrings; share of answers that pass the checks")
 KINDS.add("mbpp", "500 short programs in Python from a sentence and three examples")
 KINDS.add("multipl-e", "HumanEval in another language: multipl-e:java, :cpp, :javascript, :python")
+for _question in QUESTIONS.values():
+    KINDS.add(_question.name, _question.description)
+KINDS.add(TRANSLATION, "sentences of WMT, translated after four that are: translation:de-en, :en-de, :de-fr, :fr-de")
 _OF_DOMAINS = (PERPLEXITY, INFILL)
-_LANGUAGES = {"multipl-e": ("java", "cpp", "javascript", "python")}
+_LANGUAGES = {"multipl-e": ("java", "cpp", "javascript", "python"), TRANSLATION: PAIRS}
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,26 @@ class Task:
     @property
     def runs_programs(self) -> bool:
         """Whether answers are programs, which are run."""
-        return self.kind not in _OF_DOMAINS
+        return self.kind not in _OF_DOMAINS and not self.is_question and not self.is_translation
+
+    @property
+    def is_infill(self) -> bool:
+        """Whether answers are text that was taken out of a file."""
+        return self.kind == INFILL
+
+    @property
+    def is_question(self) -> bool:
+        """Whether lm-eval asks."""
+        return self.kind in QUESTIONS
+
+    @property
+    def is_translation(self) -> bool:
+        """Whether answers are translations."""
+        return self.kind == TRANSLATION
 
     @property
     def has_answers(self) -> bool:
-        """Whether a model writes answers, which are kept."""
+        """Whether a model answers, and its answers are kept."""
         return self.kind != PERPLEXITY
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from secateur.checkpoint.format import check_quantization_config, read_json
@@ -15,17 +17,19 @@ from secateur.errors import CheckpointError, ConfigError, ModelError, NativeCode
 from secateur.runtime.architecture import Architecture, NotNativeError, read_architecture
 from secateur.runtime.batch import NativeBatch, check_memory
 from secateur.runtime.cancelling import Cancelled, IsCancelled
-from secateur.runtime.contexts import Contexts
+from secateur.runtime.contexts import Context, Contexts
 from secateur.runtime.kernels import load_library
 from secateur.runtime.native_model import NativeModel
 from secateur.runtime.options import GenerationOptions
 from secateur.runtime.sampling import Sampler
+from secateur.runtime.text import check_scored
 from secateur.runtime.threads import usable_threads
 
 if TYPE_CHECKING:
     from secateur.models.source import ModelFolder
 
 MAX_THREADS = 1024
+_SCORED_TOGETHER = 256  # tokens, whose logits take a megabyte each with a vocabulary of 256 thousand
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +139,38 @@ class NativeBackend:
         check_memory(self.model.architecture, [len(prompt) + options.max_new_tokens for prompt in prompts])
         ends = frozenset() if options.ignore_eos else self.end_ids | end_ids
         return NativeBatch(self.contexts, prompts, options, ends, cancelled).streams()
+
+    def log_likelihood(self, token_ids: Sequence[int], begin: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return how likely each token from place `begin` on is, and whether none is more so; see `Backend`."""
+        check_scored(token_ids, begin, self.max_positions)
+        values, likeliest = np.empty(len(token_ids) - begin), np.empty(len(token_ids) - begin, dtype=np.bool_)
+        context = self.contexts.take(token_ids[:begin], len(token_ids))
+        try:
+            for logits, place in self._logits_from(token_ids, begin, context):
+                rows, targets = np.arange(len(logits)), np.asarray(token_ids[place : place + len(logits)])
+                chosen, top = logits[rows, targets], logits.max(axis=1)
+                rest = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)) + top
+                values[place - begin :][: len(logits)] = chosen - rest
+                likeliest[place - begin :][: len(logits)] = chosen == top
+                if np.isnan(rest).any():
+                    raise ModelError("the model computes NaN: its weights are damaged; fetch or derive it again")
+        finally:
+            self.contexts.give_back(context)
+        return values, likeliest
+
+    def _logits_from(
+        self, token_ids: Sequence[int], begin: int, context: Context
+    ) -> Iterator[tuple[NDArray[np.float32], int]]:
+        """Give logits [tokens, vocabulary] in some parts, each with the place of the token that its first row tells."""
+        known, inputs = len(context.tokens), token_ids[:-1]
+        parts = -(-(len(inputs) - known) // _SCORED_TOGETHER)
+        for index in range(parts):  # of nearly the same size, so that none is left with a few tokens
+            first = known + (len(inputs) - known) * index // parts
+            last = known + (len(inputs) - known) * (index + 1) // parts
+            wants = [place + 1 >= begin for place in range(first, last)]
+            logits = self.contexts.step(inputs[first:last], [context] * (last - first), wants)
+            if len(logits):
+                yield logits, max(first + 1, begin)
 
 
 def open_native(folder: "ModelFolder", *, threads: int | None = None) -> NativeBackend:

@@ -6,7 +6,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +17,7 @@ from secateur.checkpoint.shortlist import Shortlist
 from secateur.errors import ModelError
 from secateur.runtime.cancelling import Cancelled, IsCancelled
 from secateur.runtime.options import GenerationOptions
+from secateur.runtime.text import check_scored
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +101,19 @@ class TransformersBackend:
             for i, ids in enumerate(prompts)
         ]
 
+    def log_likelihood(self, token_ids: Sequence[int], begin: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return how likely each token from place `begin` on is, and whether none is more so; see `Backend`."""
+        check_scored(token_ids, begin, self.max_positions)
+        if begin == len(token_ids):
+            return np.empty(0), np.empty(0, dtype=np.bool_)
+        logits = _all_logits(self.model, token_ids, len(token_ids) - begin)
+        if self.shortlist is not None:
+            allowed = torch.from_numpy(self.shortlist.tokens).long()
+            logits = torch.full_like(logits, -torch.inf).index_copy(1, allowed, logits[:, allowed])
+        chosen = logits.gather(1, torch.tensor(token_ids[begin:])[:, None]).squeeze(1)
+        values = chosen.double() - logits.double().logsumexp(1)
+        return values.numpy(), (chosen == logits.amax(1)).numpy()
+
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return every token id that ends a text: those of the generation config, the config and the tokenizer."""
@@ -169,12 +185,27 @@ def _forward(model: PreTrainedModel, token_ids: list[int], cache: Any) -> tuple[
         inputs["logits_to_keep"] = 1
     output = model(**inputs)
     logits = output.logits[0, -1].float().cpu()
+    _refuse_nan(model, logits)
+    return logits, output.past_key_values
+
+
+@torch.inference_mode()
+def _all_logits(model: PreTrainedModel, token_ids: Sequence[int], count: int) -> Tensor:
+    """Return float32 CPU logits [count, vocabulary] that the last `count` tokens are told by."""
+    inputs = {"input_ids": torch.tensor([list(token_ids[:-1])], device=model.device), "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = count
+    logits: Tensor = model(**inputs).logits[0, -count:].float().cpu()
+    _refuse_nan(model, logits)
+    return logits
+
+
+def _refuse_nan(model: PreTrainedModel, logits: Tensor) -> None:
     if logits.isnan().any():
         raise ModelError(
             f"the model in {model.name_or_path!r} computes NaN: its weights are damaged, or overflow in {model.dtype}; "
             "fetch or derive it again"
         )
-    return logits, output.past_key_values
 
 
 def choose_token(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from secateur.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
     from secateur.runtime.cancelling import IsCancelled
@@ -52,6 +54,31 @@ class Backend(Protocol):
         cancelled: "IsCancelled | None" = None,
     ) -> list[Iterator[int]]:
         """Return for each prompt what `generate` does."""
+
+    def log_likelihood(self, token_ids: Sequence[int], begin: int) -> "tuple[NDArray[np.float64], NDArray[np.bool_]]":
+        """Return how likely the model finds each token from place `begin` on, given all before it.
+
+        Parameters
+        ----------
+        token_ids
+            Of the model's tokenizer.
+        begin
+            1 or more: the first token has nothing before it.
+
+        Returns
+        -------
+        values
+            Natural logarithms of probabilities [tokens - begin].
+        likeliest
+            Whether no other token is more likely [tokens - begin].
+
+        Raises
+        ------
+        ConfigError
+            When `begin` is no place behind a token, or there are more tokens than the model takes.
+        ModelError
+            When the model computes NaN.
+        """
 
 
 @dataclass(frozen=True, eq=False)

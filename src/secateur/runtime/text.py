@@ -69,6 +69,14 @@ def check_length(token_ids: Sequence[int], max_new_tokens: int, max_positions: i
         )
 
 
+def check_scored(token_ids: Sequence[int], begin: int, max_positions: int | None) -> None:
+    """Raise `ConfigError` when the tokens from place `begin` on cannot be told the likelihood of."""
+    if not 1 <= begin <= len(token_ids):
+        raise ConfigError(f"likelihood from token {begin} on of {len(token_ids)}; it has to be between 1 and that")
+    if max_positions is not None and len(token_ids) > max_positions:
+        raise ConfigError(f"a text of {len(token_ids)} tokens exceeds the {max_positions} positions of this model")
+
+
 def decode_pieces(token_ids: Iterable[int], codec: Codec, prompt_ids: Sequence[int]) -> Iterator[str]:
     """Yield the text of `token_ids` as it becomes certain: no piece ends inside a character or is empty.
 

@@ -1,0 +1,182 @@
+"""Translation: sentences of a benchmark, asked after some that are translated, compared with a reference.
+
+BLEU and chrF are those of sacrebleu, METEOR that of nltk where it finds WordNet (`python -m nltk.downloader wordnet`,
+or a folder that NLTK_DATA names); without WordNet there is no METEOR. Models are compared by the mean of sentences' chrF.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from secateur.calibration.sources import data_folder, read_bytes
+from secateur.errors import ConfigError, CorpusError
+from secateur.evaluation.programs.folder import hash_of
+from secateur.evaluation.programs.journal import Journal
+from secateur.evaluation.proportions import Share, mean_share
+from secateur.evaluation.scores import Scores
+from secateur.runtime.loaded import LoadedModel
+
+PAIRS = ("en-de", "de-en", "de-fr", "fr-de")
+SHOTS = 4
+_NAMES = {"en": "English", "de": "German", "fr": "French"}
+_NEW_TOKENS = 160
+_LONGEST = 400  # characters of a sentence that is asked
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence, what stands before it in the prompt, and its translation by a person."""
+
+    name: str
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Sentences that are asked, and how many the benchmark has."""
+
+    pair: str
+    sentences: tuple[Sentence, ...]
+    n_sentences: int
+    sha256: str
+
+    def described(self) -> dict[str, Any]:
+        """Return what results depend on."""
+        import sacrebleu
+
+        version = str(sacrebleu.__version__)
+        return {
+            "sha256": self.sha256,
+            "problems": len(self.sentences),
+            "problems_of_task": self.n_sentences,
+            "shots": SHOTS,
+            "sacrebleu": version,
+        }
+
+
+def load_sentences(pair: str, data: Path | None, problems: int | None) -> Loaded:
+    """Read a benchmark (`benchmarks/translation/EN-DE.src.EN` and `.ref.DE`) and solved examples from a data folder.
+
+    Raises
+    ------
+    ConfigError
+        When sacrebleu is not installed.
+    CorpusError
+        When a file is missing, or two have not as many lines.
+    """
+    if find_spec("sacrebleu") is None:
+        raise ConfigError(
+            f"translation:{pair} needs sacrebleu, which is not installed: pip install 'secateur[lm-eval]'"
+        )
+    source, target = pair.split("-")
+    place = f"benchmarks/translation/{pair}"
+    asked = _pairs(f"{place}.src.{source}", f"{place}.ref.{target}", pair, data)
+    solved = _pairs(f"text/translation/train.{source}", f"text/translation/train.{target}", pair, data)
+    before = "".join(f"{_line(source, one)} {other}\n" for one, other in solved[:SHOTS])
+    fitting = [number for number, (one, other) in enumerate(asked) if one and other and len(one) <= _LONGEST]
+    order = sorted(fitting, key=lambda number: hashlib.sha256(str(number).encode()).hexdigest())
+    sentences = tuple(
+        Sentence(f"{pair}/{number}", f"{_header(target)}{before}{_line(source, asked[number][0])}", asked[number][1])
+        for number in sorted(order[:problems])
+    )
+    return Loaded(pair, sentences, len(fitting), hash_of(*(part for pair in asked for part in pair)))
+
+
+def translate(
+    model: LoadedModel, loaded: Loaded, journal: Journal, progress: Callable[[int, int], None], batch: int
+) -> None:
+    """Let a model translate, and append {"task_id", "completion"} of each sentence; goes on with what a journal has."""
+    some = loaded.sentences
+    journal.keep(len(journal.records) // batch * batch if len(journal.records) < len(some) else None)
+    progress(len(journal.records), len(some))
+    for begin in range(len(journal.records), len(some), batch):
+        part = some[begin : begin + batch]
+        prompts = [one.prompt for one in part]
+        answers = model.generate_batch(prompts, max_new_tokens=_NEW_TOKENS, stop=("\n",))
+        journal.append({"task_id": one.name, "completion": text} for one, text in zip(part, answers, strict=True))
+        progress(begin + len(part), len(some))
+
+
+def judge(loaded: Loaded, answers: Sequence[dict[str, Any]]) -> Scores:
+    """Compare translations with references; each metric goes from 0 to 1."""
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    given = [str(one["completion"]).strip() for one in answers]
+    wanted = [one.reference for one in loaded.sentences]
+    chrf = CHRF()
+    each = [chrf.sentence_score(one, [other]).score / 100 for one, other in zip(given, wanted, strict=True)]
+    means = {"chrF of sentences": mean_share(each)}
+    for name, metric in (("chrF", chrf), ("BLEU", BLEU())):
+        means[name] = _corpus_share(metric, given, wanted)
+    if (meteor := _meteor(given, wanted)) is not None:
+        means["METEOR"] = mean_share(meteor)
+    values = {one.name: value for one, value in zip(loaded.sentences, each, strict=True)}
+    return Scores("chrF of sentences", means, len(given), loaded.n_sentences, values)
+
+
+def _corpus_share(metric: Any, given: Sequence[str], wanted: Sequence[str]) -> Share:
+    """Return the score of all sentences together, with sacrebleu's interval from resampled sentences."""
+    import numpy as np
+
+    state = np.random.get_state()
+    try:
+        score = metric.corpus_score(given, [wanted], n_bootstrap=_RESAMPLES)
+    finally:
+        np.random.set_state(state)
+    value, middle, reach = (float(one) / 100 for one in (score.score, score._mean, score._ci))
+    return Share(value, max(0.0, middle - reach), min(1.0, middle + reach))
+
+
+def _meteor(given: Sequence[str], wanted: Sequence[str]) -> list[float] | None:
+    """Return each sentence's METEOR, or None without nltk or its WordNet."""
+    if find_spec("nltk") is None:
+        return None
+    from nltk.corpus import wordnet
+    from nltk.translate.meteor_score import meteor_score
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        return None
+    return [float(meteor_score([other.split()], one.split())) for one, other in zip(given, wanted, strict=True)]
+
+
+def _header(target: str) -> str:
+    return f"Sentences, each translated into {_NAMES[target]}:\n"
+
+
+def _line(source: str, text: str) -> str:
+    return f"{_NAMES[source]}: {text}\nTranslation:"
+
+
+def _pairs(source: str, target: str, pair: str, data: Path | None) -> list[tuple[str, str]]:
+    folder = data_folder(data)
+    texts = []
+    for name in (source, target):
+        places = [] if folder is None else [folder / name, folder / f"{name}.gz"]
+        found = next((path for path in places if path.is_file()), None)
+        if found is None:
+            raise CorpusError(
+                f"no sentences of translation:{pair} were found: put {name} into a folder that --data or "
+                "SECATEUR_DATA names"
+            )
+        texts.append(list(_lines(found)))
+    if len(texts[0]) != len(texts[1]):
+        raise CorpusError(
+            f"{source} has {len(texts[0])} lines and {target} {len(texts[1])}; each has to have its other"
+        )
+    return list(zip(*texts, strict=True))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        text = read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is not UTF-8: {error}") from error
+    yield from (line.strip() for line in text.removesuffix("\n").split("\n"))
