@@ -15,11 +15,16 @@ KINDS.add(INFILL, "lines and stretches taken out of held-out files of a domain; 
 KINDS.add("humaneval", "164 functions in Python from their docstrings; share of answers that pass the checks")
 KINDS.add("mbpp", "500 short programs in Python from a sentence and three examples")
 KINDS.add("multipl-e", "HumanEval in another language: multipl-e:java, :cpp, :javascript, :python")
+KINDS.add("multipl-e-mbpp", "MBPP in another language: multipl-e-mbpp:java, :cpp, :javascript")
 for _question in QUESTIONS.values():
     KINDS.add(_question.name, _question.description)
 KINDS.add(TRANSLATION, "sentences of WMT, translated after four that are: translation:de-en, :en-de, :de-fr, :fr-de")
 _OF_DOMAINS = (PERPLEXITY, INFILL)
-_LANGUAGES = {"multipl-e": ("java", "cpp", "javascript", "python"), TRANSLATION: PAIRS}
+_LANGUAGES = {
+    "multipl-e": ("java", "cpp", "javascript", "python"),
+    "multipl-e-mbpp": ("java", "cpp", "javascript"),
+    TRANSLATION: PAIRS,
+}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Translation: sentences of a benchmark, asked after some that are translated, compared with a reference.
 
 BLEU and chrF are those of sacrebleu, METEOR that of nltk where it finds WordNet (`python -m nltk.downloader wordnet`,
-or a folder that NLTK_DATA names); without WordNet there is no METEOR. Models are compared by the mean of sentences' chrF.
+or a folder that NLTK_DATA names); without it there is no METEOR. Models are compared by the mean chrF of sentences.
 """
 
 import hashlib

@@ -360,3 +360,25 @@ def test_programs_of_each_language(language, index, outcome, sandbox, toolchain_
 
 def test_every_benchmark_has_a_language_that_can_be_run():
     assert {one.language for one in BENCHMARKS.values()} == {"python", "java", "cpp", "javascript"}
+
+
+@pytest.mark.parametrize("family", ["multipl-e", "multipl-e-mbpp"])
+@pytest.mark.parametrize(("language", "short"), [("javascript", "js"), ("java", "java"), ("cpp", "cpp")])
+def test_records_of_multipl_e_are_run_in_their_language(family, language, short, tmp_path):
+    head, checks = HONEST[language]
+    begin, _, answer = head.partition("return ")
+    name = f"{'mbpp' if 'mbpp' in family else 'HumanEval'}_3_last"
+    record = {"name": name, "language": short, "prompt": begin, "tests": checks, "stop_tokens": ["\n//"]}
+    place = tmp_path / "data" / "benchmarks" / "multipl_e"
+    place.mkdir(parents=True)
+    file = f"{'mbpp' if 'mbpp' in family else 'humaneval'}-{short}.jsonl"
+    (place / file).write_text(json.dumps(record) + "\n")
+    answers = [answer.replace("{index}", index) for index in ("2", "0")]
+    lines = [json.dumps({"task_id": name, "sample": n, "completion": f"return {one}"}) for n, one in enumerate(answers)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    task = f"{family}:{language}"
+    found = score(tmp_path / "samples.jsonl", task, tmp_path / "out", run_generated_code=True, data=tmp_path / "data")
+    assert found["pass@1"]["value"] == 0.5
+    outcomes = [json.loads(one)["outcome"] for one in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert outcomes == ["passed", "wrong"]
+    assert load_benchmark(task, tmp_path / "data").problems[name].stop == ("\n//",)

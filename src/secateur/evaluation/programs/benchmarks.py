@@ -77,7 +77,7 @@ def mbpp(records: list[dict[str, Any]]) -> Iterator[Problem]:
 
 
 def multipl_e(language: Language) -> Callable[[list[dict[str, Any]]], Iterator[Problem]]:
-    """Cassano et al. 2022: HumanEval in other languages; each record has its own checks and stop strings.
+    """Cassano et al. 2022: HumanEval and MBPP in other languages; each record has its own checks and stop strings.
 
     Records with a `declaration` are those of HumanEval-X (Zheng et al. 2023), which have solutions.
     """
@@ -112,6 +112,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         *(
             Benchmark(f"multipl-e:{name}", name, f"multipl_e/humaneval-{_SHORT.get(name, name)}.jsonl", multipl_e(name))
             for name in _MULTIPL_E
+        ),
+        *(
+            Benchmark(f"multipl-e-mbpp:{name}", name, f"multipl_e/mbpp-{_SHORT.get(name, name)}.jsonl", multipl_e(name))
+            for name in _MULTIPL_E
+            if name != "python"
         ),
     )
 }
