@@ -51,9 +51,6 @@ def data(tmp_path_factory):
     (place / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(endings.encode()))
     (root / "benchmarks" / "gsm8k").mkdir()
     (root / "benchmarks" / "gsm8k" / "test.jsonl").write_bytes(lines(SUMS))
-    (root / "text" / "math").mkdir(parents=True)
-    solved = [{"question": f"What is {n} and 1?", "answer": f"#### {n + 1}"} for n in range(30)]
-    (root / "text" / "math" / "gsm8k_train.jsonl").write_bytes(lines(solved))
     return root
 
 
@@ -87,9 +84,9 @@ def test_solved_examples_stand_before_a_question(data):
     prompts = [request.args[0] for request in requests_of(loaded)]
     assert len(prompts) == 3
     for prompt, place in zip(prompts, loaded.places, strict=True):
-        assert prompt.endswith(f"Question: What is {place} and {place}?\nAnswer:")
-        assert prompt.count("Question:") == 9
-        assert prompt.count("####") == 8
+        assert prompt.endswith(f"\n\nQ: What is {place} and {place}?\nA:")
+        assert prompt.startswith("Q: There are 15 trees in the grove.")
+        assert prompt.count("Q: ") == prompt.count("The answer is") + 1 == 9
     assert [request.args[0] for request in requests_of(load_question("gsm8k", data, 3))] == prompts
 
 
@@ -133,7 +130,9 @@ def test_the_share_of_right_answers_is_told(data, folder, tmp_path, monkeypatch)
         return [(-float(("down" in one.args[1]) != even), False) for one, even in zip(requests, right, strict=True)]
 
     monkeypatch.setattr(JournalLM, "loglikelihood", likely)
-    monkeypatch.setattr(JournalLM, "generate_until", lambda self, requests: ["so 4", "#### 6", "#### 7", "", "8 9"])
+    monkeypatch.setattr(
+        JournalLM, "generate_until", lambda self, requests: ["so 4", "The answer is 6.", "The answer is 7.", "", "8 9"]
+    )
     found = evaluate(folder, ["arc-easy", "gsm8k"], data=data, output=tmp_path / "out", problems=5)
     river = found.cell("arc-easy", str(folder)).result
     assert list(river.means) == ["acc", "acc_norm"]
@@ -209,20 +208,12 @@ def stock():
     return {name: load_yaml(index[one.stock].yaml_path) for name, one in QUESTIONS.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in QUESTIONS if name != "rte"])
-def test_metrics_and_ends_are_those_of_lm_evals_own_task(name, stock):
+@pytest.mark.parametrize("name", [name for name, one in QUESTIONS.items() if one.config])
+def test_metrics_are_those_of_lm_evals_own_task(name, stock):
     ours = QUESTIONS[name].config
     assert ours["output_type"] == stock[name]["output_type"]
     assert [one["metric"] for one in ours["metric_list"]] == [one["metric"] for one in stock[name]["metric_list"]]
-    for key in ("generation_kwargs", "filter_list"):
-        assert ours.get(key) == stock[name].get(key)
-    if name == "gsm8k":
-        assert [ours[key] for key in ("metric_list", "doc_to_text", "doc_to_target")] == [
-            stock[name][key] for key in ("metric_list", "doc_to_text", "doc_to_target")
-        ]
 
 
 def test_every_task_is_one_of_lm_evals(stock):
-    assert {name: one.stock for name, one in QUESTIONS.items()} == {
-        name: one["task"] for name, one in stock.items()
-    } | {"gsm8k": "gsm8k"}
+    assert {name: one.stock for name, one in QUESTIONS.items()} == {name: one["task"] for name, one in stock.items()}

@@ -32,8 +32,8 @@ class Question:
         The one by which models are compared, as lm-eval calls it: METRIC or METRIC,FILTER.
     shots
         How many solved examples stand before each question.
-    examples
-        File of these examples in the data folder.
+    own_settings
+        The file below lm-eval's tasks whose settings serve as they are, where documents have the same fields.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Question:
     config: dict[str, Any] = field(default_factory=dict)
     metric: str = "acc"
     shots: int = 0
-    examples: str = ""
+    own_settings: str = ""
 
 
 def records(text: str) -> Iterator[dict[str, Any]]:
@@ -107,38 +107,6 @@ _MULTIPLE_CHOICE: dict[str, Any] = {
     "doc_to_choice": "choices",
     "metric_list": _metrics("acc", "acc_norm"),
 }
-_GSM8K: dict[str, Any] = {
-    "output_type": "generate_until",
-    "doc_to_text": "Question: {{question}}\nAnswer:",
-    "doc_to_target": "{{answer}}",
-    "generation_kwargs": {"until": ["Question:", "</s>", "<|im_end|>"], "do_sample": False, "temperature": 0.0},
-    "metric_list": [
-        {
-            "metric": "exact_match",
-            "aggregation": "mean",
-            "higher_is_better": True,
-            "ignore_case": True,
-            "ignore_punctuation": False,
-            "regexes_to_ignore": [",", "\\$", "(?s).*#### ", "\\.$"],
-        }
-    ],
-    "filter_list": [
-        {
-            "name": "strict-match",
-            "filter": [
-                {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"},
-                {"function": "take_first"},
-            ],
-        },
-        {
-            "name": "flexible-extract",
-            "filter": [
-                {"function": "regex", "group_select": -1, "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)"},
-                {"function": "take_first"},
-            ],
-        },
-    ],
-}
 
 
 def _choice(name: str, description: str, stock: str, file: str, read: Any = choices, **config: Any) -> Question:
@@ -159,14 +127,13 @@ QUESTIONS: dict[str, Question] = {
     for one in (
         Question(
             "gsm8k",
-            "1,319 word problems of school mathematics, after 8 solved ones; share of right results",
-            "gsm8k",
+            "1,319 word problems of school mathematics, after 8 that are solved step by step; share of right results",
+            "gsm8k_cot",
             "gsm8k/test.jsonl",
             records,
-            _GSM8K,
+            own_settings="gsm8k/gsm8k-cot.yaml",
             metric="exact_match,flexible-extract",
             shots=8,
-            examples="text/math/gsm8k_train.jsonl",
         ),
         _choice("arc-easy", "2,376 questions of school science, multiple choice", "arc_easy", "arc_easy.jsonl"),
         _choice("arc-challenge", "1,172 harder ones", "arc_challenge", "arc_challenge.jsonl"),

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from secateur.calibration.sources import data_folder, read_bytes
 from secateur.errors import ConfigError, CorpusError
 from secateur.evaluation.programs.journal import Journal
@@ -108,46 +110,49 @@ def load_question(name: str, data: Path | None, problems: int | None) -> Loaded:
     return Loaded(task, question, places, len(documents), _hash(documents))
 
 
-def _of_folder(question: Question, data: Path | None) -> "tuple[ConfigurableTask | None, list[str]]":
-    """Return the task over the documents of the data folder, or None and the files that are not there."""
+def _of_folder(question: Question, data: Path | None) -> "tuple[ConfigurableTask | None, str]":
+    """Return the task over the documents of the data folder, or None and the file that is not there."""
     folder = data_folder(data)
     if folder is None or question.read is None:
-        return None, []
-    wanted = [folder / "benchmarks" / question.file] + ([folder / question.examples] if question.examples else [])
-    found = [next((one for one in _packed(path) if one.is_file()), None) for path in wanted]
-    tried = [str(path) for path, one in zip(wanted, found, strict=True) if one is None]
-    if tried:
-        return None, tried
+        return None, ""
+    wanted = folder / "benchmarks" / question.file
+    path = next((one for one in _packed(wanted) if one.is_file()), None)
+    if path is None:
+        return None, str(wanted)
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    def read(path: Path) -> Documents:
-        assert question.read is not None  # noqa: S101 - looked at above
-        try:
-            return list(question.read(read_bytes(path).decode()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorpusError(f"{path} has no documents of {question.name}: {error!r}") from error
-
-    splits = dict(zip(("test", "train"), [read(path) for path in found if path is not None], strict=False))
+    try:
+        documents = list(question.read(read_bytes(path).decode()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorpusError(f"{path} has no documents of {question.name}: {error!r}") from error
 
     def dataset(**_: Any) -> dict[str, Any]:
-        return {split: datasets.Dataset.from_list(documents) for split, documents in splits.items()}
+        return {"test": datasets.Dataset.from_list(documents)}
 
-    config = {"task": question.name, "custom_dataset": dataset, "test_split": "test", **question.config}
-    if question.examples:
-        config |= {"training_split": "train", "fewshot_split": "train"}
-    return ConfigurableTask(config=config), []
+    config = _own_settings(question.own_settings) if question.own_settings else question.config
+    return ConfigurableTask(
+        config={**config, "task": question.name, "custom_dataset": dataset, "test_split": "test"}
+    ), ""
+
+
+def _own_settings(file: str) -> dict[str, Any]:
+    """Return the settings of a task of lm-eval, less those of where its documents are."""
+    import lm_eval.tasks
+
+    settings = yaml.safe_load((Path(lm_eval.tasks.__file__).parent / file).read_text(encoding="utf-8"))
+    return {key: value for key, value in settings.items() if key not in ("dataset_path", "dataset_name", "tag")}
 
 
 def _packed(path: Path) -> tuple[Path, ...]:
     return path, path.with_name(f"{path.name}.gz"), path.with_name(f"{path.name}.bz2")
 
 
-def _of_hub(question: Question, tried: list[str]) -> "ConfigurableTask":
+def _of_hub(question: Question, tried: str) -> "ConfigurableTask":
     try:
         loaded = _manager().load([question.stock])
     except Exception as error:  # datasets and its clients raise what they like without a network
-        advice = f" (tried {', '.join(tried)})" if tried else ""
+        advice = f" (tried {tried})" if tried else ""
         where = f"put the file at benchmarks/{question.file} in a folder that --data names" if question.file else ""
         raise CorpusError(
             f"no documents of {question.name} were found{advice}, and the hub gives none "
