@@ -73,19 +73,31 @@ def test_meteor_is_told_where_wordnet_is(data, monkeypatch):
     answers = [{"completion": one.reference} for one in loaded.sentences]
 
     class WordNet:
-        @staticmethod
-        def ensure_loaded():
-            raise LookupError
+        there = False
+
+        @classmethod
+        def ensure_loaded(cls):
+            if not cls.there:
+                raise LookupError
 
         @staticmethod
-        def synsets(word):
-            return []
+        def get_version():
+            return "3.0"
 
     monkeypatch.setattr("nltk.corpus.wordnet", WordNet)
+    loaded = load_sentences("de-en", data, None)
+    assert loaded.described()["meteor"] is None
     assert "METEOR" not in judge(loaded, answers).means
-    monkeypatch.setattr(WordNet, "ensure_loaded", lambda: None)
-    monkeypatch.setattr("nltk.translate.meteor_score.meteor_score", lambda wanted, given: float(wanted == [given]) / 2)
+    WordNet.there = True
+    seen = []
+    monkeypatch.setattr(
+        "nltk.translate.meteor_score.meteor_score",
+        lambda wanted, given: seen.append(given) or float(wanted == [given]) / 2,
+    )
+    loaded = load_sentences("de-en", data, None)
+    assert loaded.described()["meteor"].endswith("WordNet 3.0")
     assert judge(loaded, answers).means["METEOR"].value == 0.5
+    assert seen[0] == ["The", "dog", "runs", "fast", "."]
 
 
 def test_a_run_is_gone_on_with_and_compared(data, folder, tmp_path):
@@ -106,6 +118,22 @@ def test_a_run_is_gone_on_with_and_compared(data, folder, tmp_path):
     assert cell.result == judge(loaded, whole)
     assert found.benchmarks["translation:de-en"]["problems_of_task"] == 3
     assert "chrF of sentences of translation:de-en" in found.to_table()
+
+
+def test_what_is_asked_is_known_by_its_hash(data, monkeypatch):
+    known = load_sentences("de-en", data, None).sha256
+    assert load_sentences("de-en", data, 2).sha256 != known
+    monkeypatch.setattr(translating, "SHOTS", 3)
+    assert load_sentences("de-en", data, None).sha256 != known
+
+
+def test_a_sentence_that_does_not_fit_is_named_at_once(data, tmp_path):
+    model = secateur.load(save_tiny(tmp_path / "short", "llama", max_position_embeddings=256))
+    with (
+        Journal(tmp_path / "a.jsonl") as journal,
+        pytest.raises(ConfigError, match=r"de-en/0 cannot be asked: prompt of"),
+    ):
+        translate(model, load_sentences("de-en", data, None), journal, lambda *_: None, 2)
 
 
 def test_what_cannot_be_translated_is_said(data, tmp_path, monkeypatch):

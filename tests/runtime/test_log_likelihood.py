@@ -55,8 +55,21 @@ def test_what_was_scored_before_changes_nothing(folder):
 
 
 @pytest.mark.parametrize("engine", ["native", "torch"])
-@pytest.mark.parametrize(("count", "begin"), [(10, 0), (10, 11), (0, 1), (1025, 3)])
+@pytest.mark.parametrize(("count", "begin"), [(10, 0), (10, 11), (0, 1), (1026, 3)])
 def test_what_has_no_likelihood_is_refused(folder, engine, count, begin):
     model = secateur.load(folder, engine=engine)
     with pytest.raises(ConfigError, match=r"likelihood from token|exceeds the 1024 positions"):
         model.backend.log_likelihood([5] * count, begin)
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+@pytest.mark.parametrize("token", [-1, 384])
+def test_a_token_of_another_vocabulary_is_refused(folder, engine, token):
+    with pytest.raises(ConfigError, match="outside of the vocabulary of 384"):
+        secateur.load(folder, engine=engine).backend.log_likelihood([5, 6, token], 2)
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_as_many_tokens_as_there_are_positions_and_one_that_is_only_told(folder, engine):
+    values, _ = secateur.load(folder, engine=engine).backend.log_likelihood([5] * 1025, 1020)
+    assert np.isfinite(values).all()

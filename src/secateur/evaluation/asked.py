@@ -10,13 +10,13 @@ from secateur.evaluation.infilling import EACH, Gap, gaps, hash_of_gaps
 from secateur.evaluation.programs.generation import Asking
 from secateur.evaluation.programs.planning import benchmarks_of, plan_programs, settings_of
 from secateur.evaluation.programs.run import Programs
-from secateur.evaluation.questions.running import load_question
+from secateur.evaluation.questions.loading import load_question
 from secateur.evaluation.tasks import Task
 from secateur.evaluation.translating import Loaded as Sentences
 from secateur.evaluation.translating import load_sentences
 
 if TYPE_CHECKING:
-    from secateur.evaluation.questions.running import Loaded
+    from secateur.evaluation.questions.asking import Loaded
 
 
 @dataclass(frozen=True)

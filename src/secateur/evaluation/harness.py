@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.evaluation.asked import plan_asked
-from secateur.evaluation.measuring import Measuring, Progress, compare_all
+from secateur.evaluation.measuring import Measuring, Progress, compare_all, places
 from secateur.evaluation.plan import WINDOWS_PER_DOCUMENT, check_arguments, make_plan
 from secateur.evaluation.programs.folder import working_folder
 from secateur.evaluation.programs.generation import Asking
@@ -57,7 +57,7 @@ def evaluate(
         Folder that is tried first for text.
     output
         Folder for results.json, and for answers and what came of them, which must not exist; None writes nothing. With
-        tasks that run programs an interrupted evaluation goes on where it was.
+        tasks that models answer an interrupted evaluation goes on where it was.
     threads, device
         As `secateur.load`.
     skip_missing
@@ -67,7 +67,7 @@ def evaluate(
     problems
         How many of each benchmark are asked; None means all.
     asking
-        How models are asked for programs.
+        How models are asked for programs; its `batch` holds for all answers.
     workers
         How many programs run at a time; None means one for each processor.
     progress
@@ -78,7 +78,7 @@ def evaluate(
     UnknownNameError, ModelError, CorpusError, ConfigError, OutputError, SandboxError
         Before any model is opened.
     CheckpointError, ModelError
-        When a model cannot be opened, or gives a likelihood that is not finite. Nothing is written then.
+        When a model cannot be opened, or gives a likelihood that is not finite. Answers are kept then, nothing else.
     """
     import torch
 
@@ -112,9 +112,8 @@ def evaluate(
     }
     benchmarks = asked.benchmarks()
     hashes = {subject.name: _hashes(subject.folder) for subject in plan.subjects}
-    with _folder(
-        output, {"models": hashes, "settings": settings, "benchmarks": benchmarks}, resumable=bool(benchmarks)
-    ) as folder:
+    begun = {"models": hashes, "folders": places(plan), "settings": settings, "benchmarks": benchmarks}
+    with _folder(output, begun, resumable=bool(benchmarks)) as folder:
         measuring = Measuring(plan, asked, folder, device, threads, progress)
         measured = [measuring.run(subject, hashes[subject.name]) for subject in plan.subjects]
         records, columns = [record for record, _ in measured], [cells for _, cells in measured]

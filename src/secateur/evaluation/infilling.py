@@ -110,6 +110,7 @@ def fill(
     model: LoadedModel, some: Sequence[Gap], journal: Journal, progress: Callable[[int, int], None], batch: int = BATCH
 ) -> None:
     """Let a model fill gaps, and append {"task_id", "completion"} of each answer; goes on with what a journal has."""
+    journal.expect([gap.name for gap in some])
     journal.keep(len(journal.records) // batch * batch if len(journal.records) < len(some) else None)
     progress(len(journal.records), len(some))
     for begin in range(len(journal.records), len(some), batch):

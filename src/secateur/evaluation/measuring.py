@@ -59,9 +59,8 @@ class Measuring:
         text = [task for task in self.plan.tasks if not task.has_answers]
         if text:
             precision, vocabulary = self._read_text(subject, text, found)
-        if len(text) < len(self.plan.tasks):
-            self._answer(subject, found)
-        record = ModelRecord(subject.name, subject.folder.is_submodel(), hashes, precision, vocabulary)
+        engine = self._answer(subject, found) if len(text) < len(self.plan.tasks) else ""
+        record = ModelRecord(subject.name, subject.folder.is_submodel(), hashes, precision, vocabulary, engine)
         return record, [found[task.name] for task in self.plan.tasks]
 
     def _reports(self, subject: Subject, what: str) -> Callable[[int, int], None]:
@@ -92,11 +91,12 @@ class Measuring:
         result = evaluate_perplexity(model, windows, task.domain, progress=self._reports(subject, task.name))
         return Cell(task.name, subject.name, _text_hash(windows), result)
 
-    def _answer(self, subject: Subject, found: dict[str, Cell]) -> None:
-        """Let a model write all its answers, then let it go and look at them."""
+    def _answer(self, subject: Subject, found: dict[str, Cell]) -> str:
+        """Let a model write all its answers, then let it go and look at them; return what ran it."""
         assert self.folder is not None  # noqa: S101 - the plan has asked for one
-        folder, style = self.folder / self._place(subject), ""
+        folder, style = self.folder / places(self.plan)[subject.name], ""
         model = secateur.load(subject.folder.path, threads=self.threads)
+        engine = model.backend.name
         for task, some in self.asked.infills.items():
             (folder / slug(task)).mkdir(parents=True, exist_ok=True)
             with Journal(folder / slug(task) / SAMPLES) as journal:
@@ -113,7 +113,7 @@ class Measuring:
                 found[task] = Cell(task, subject.name, sentences.sha256, judge_sentences(sentences, journal.records))
         programs = self.asked.programs
         if programs is None:
-            return
+            return engine
         for task in programs.loaded:
             style = programs.asking.chosen(model)
             programs.answer(task, model, folder, self._reports(subject, f"{task}, answers"))
@@ -122,17 +122,16 @@ class Measuring:
         for task, benchmark in programs.loaded.items():
             judged = programs.judge(task, folder, style, self._reports(subject, f"{task}, runs"))
             found[task] = Cell(task, subject.name, benchmark.sha256, judged)
+        return engine
 
-    def _place(self, subject: Subject) -> str:
-        """Return the name of a model's folder: the end of its own, with its number where another one ends alike."""
-        names = [one.name for one in self.plan.subjects]
-        ends = [slug(Path(name).name) for name in names]
-        place = names.index(subject.name)
-        return (
-            ends[place]
-            if ends.count(ends[place]) == 1 and ends[place] not in RESERVED
-            else f"{place + 1}-{ends[place]}"
-        )
+
+def places(plan: Plan) -> dict[str, str]:
+    """Return the folder of each model: the end of its name, with its number where another one ends alike."""
+    ends = [slug(Path(one.name).name) for one in plan.subjects]
+    return {
+        one.name: end if ends.count(end) == 1 and end not in RESERVED else f"{number}-{end}"
+        for number, (one, end) in enumerate(zip(plan.subjects, ends, strict=True), start=1)
+    }
 
 
 def compare_all(records: Sequence[ModelRecord], cells: list[list[Cell]], against: str) -> list[list[Cell]]:

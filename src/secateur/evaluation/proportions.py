@@ -1,7 +1,7 @@
 """Shares of problems that are solved: intervals, differences between two models on the same problems, and pass@k."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -78,12 +78,12 @@ def paired(values: ArrayLike, others: ArrayLike) -> PairedShare:
     ours, theirs = np.asarray(values, np.float64), np.asarray(others, np.float64)
     if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
         raise ValueError(f"the same problems are needed, not {ours.shape} beside {theirs.shape}")
-    rows = _rows(len(ours))
-    differences = _resampled((ours - theirs).mean(), [(ours - theirs)[some].mean() for some in rows])
+    means = np.array([(ours[rows].mean(), theirs[rows].mean()) for rows in _rows(len(ours))])
+    differences = _resampled((ours - theirs).mean(), means[:, 0] - means[:, 1])
     kept = None
     if theirs.mean() > 0:
-        ratios = [ours[some].mean() / theirs[some].mean() for some in rows if theirs[some].mean() > 0]
-        kept = _resampled(ours.mean() / theirs.mean(), ratios)
+        some = means[means[:, 1] > 0]
+        kept = _resampled(ours.mean() / theirs.mean(), some[:, 0] / some[:, 1])
     whole = bool(np.isin(np.concatenate([ours, theirs]), (0.0, 1.0)).all())
     return PairedShare(differences, kept, mcnemar(ours, theirs) if whole else _sign_flips(ours - theirs))
 
@@ -106,17 +106,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _rows(count: int) -> NDArray[np.int64]:
-    return np.random.default_rng(_SEED).integers(0, count, (_RESAMPLES, count))
+def _rows(count: int) -> Iterator[NDArray[np.int64]]:
+    """Give the problems of each set that is drawn anew, a set at a time: all together take gigabytes of a long task."""
+    chance = np.random.default_rng(_SEED)
+    for _ in range(_RESAMPLES):
+        yield chance.integers(0, count, count)
 
 
-def _resampled(value: float, resampled: Sequence[float]) -> Share:
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+def _resampled(value: float, resampled: ArrayLike) -> Share:
+    low, high = np.quantile(np.asarray(resampled, np.float64), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Share(float(value), float(low), float(high))
 
 
 def _sign_flips(differences: NDArray[np.float64]) -> float:
     """Return how often a mean is as far from 0 when the two models of each problem are exchanged at random."""
-    signs = np.random.default_rng(_SEED).choice((-1.0, 1.0), (_RESAMPLES, len(differences)))
-    as_far = np.abs((signs * differences).mean(1)) >= abs(differences.mean()) - 1e-12
-    return float((as_far.sum() + 1) / (_RESAMPLES + 1))
+    chance, bound = np.random.default_rng(_SEED), abs(differences.mean()) - 1e-12
+    flipped = (chance.choice((-1.0, 1.0), len(differences)) * differences for _ in range(_RESAMPLES))
+    as_far = sum(abs(one.mean()) >= bound for one in flipped)
+    return float((as_far + 1) / (_RESAMPLES + 1))

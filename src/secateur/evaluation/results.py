@@ -30,6 +30,8 @@ class ModelRecord:
         Precision in which it was run.
     vocabulary
         Number of tokens that it can predict.
+    engine
+        What ran it where it answered, `native` or `torch`; empty where it only read text.
     """
 
     name: str
@@ -37,6 +39,7 @@ class ModelRecord:
     sha256: dict[str, str]
     dtype: str
     vocabulary: int
+    engine: str = ""
 
 
 @dataclass(frozen=True)

@@ -119,4 +119,13 @@ def _score_notes(evaluation: "Evaluation") -> list[str]:
     failed = sum(scores.outcomes.get("sandbox_failure", 0) for _, scores in found)
     if failed:
         lines.append(f"{failed} answers were not run: their sandbox could not be set up; the figures are too low")
+    impossible = sum(scores.outcomes.get("impossible", 0) for _, scores in found)
+    if impossible:
+        lines.append(
+            f"{impossible} questions count as wrong because the model's trimmed head has no choice of theirs; "
+            "the figures say nothing about them"
+        )
+    shortened = sum(scores.outcomes.get("shortened", 0) for _, scores in found)
+    if shortened:
+        lines.append(f"{shortened} times the beginning of a question was left out: the model takes no more tokens")
     return lines

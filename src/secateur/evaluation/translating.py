@@ -1,7 +1,8 @@
 """Translation: sentences of a benchmark, asked after some that are translated, compared with a reference.
 
-BLEU and chrF are those of sacrebleu, METEOR that of nltk where it finds WordNet (`python -m nltk.downloader wordnet`,
-or a folder that NLTK_DATA names); without it there is no METEOR. Models are compared by the mean chrF of sentences.
+BLEU and chrF are those of sacrebleu. METEOR is that of nltk, for translations into English and where it finds WordNet
+(`python -m nltk.downloader wordnet`, or a folder that NLTK_DATA names); without it there is none. Models are compared
+by the mean chrF of sentences.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from secateur.evaluation.programs.journal import Journal
 from secateur.evaluation.proportions import Share, mean_share
 from secateur.evaluation.scores import Scores
 from secateur.runtime.loaded import LoadedModel
+from secateur.runtime.text import check_prompt
 
 PAIRS = ("en-de", "de-en", "de-fr", "fr-de")
 SHOTS = 4
@@ -38,12 +40,18 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Sentences that are asked, and how many the benchmark has."""
+    """Sentences that are asked, and how many the benchmark has; `meteor` is what computes METEOR, if anything."""
 
     pair: str
     sentences: tuple[Sentence, ...]
     n_sentences: int
-    sha256: str
+    meteor: str | None
+
+    @property
+    def sha256(self) -> str:
+        """Return a SHA-256 of all that is asked and of the references."""
+        parts = (part for one in self.sentences for part in (one.name, one.prompt, one.reference))
+        return hash_of(str(_NEW_TOKENS), *parts)
 
     def described(self) -> dict[str, Any]:
         """Return what results depend on."""
@@ -56,6 +64,7 @@ class Loaded:
             "problems_of_task": self.n_sentences,
             "shots": SHOTS,
             "sacrebleu": version,
+            "meteor": self.meteor,
         }
 
 
@@ -84,7 +93,7 @@ def load_sentences(pair: str, data: Path | None, problems: int | None) -> Loaded
         Sentence(f"{pair}/{number}", f"{_header(target)}{before}{_line(source, asked[number][0])}", asked[number][1])
         for number in sorted(order[:problems])
     )
-    return Loaded(pair, sentences, len(fitting), hash_of(*(part for pair in asked for part in pair)))
+    return Loaded(pair, sentences, len(fitting), _meteor_version() if target == "en" else None)
 
 
 def translate(
@@ -92,6 +101,9 @@ def translate(
 ) -> None:
     """Let a model translate, and append {"task_id", "completion"} of each sentence; goes on with what a journal has."""
     some = loaded.sentences
+    journal.expect([one.name for one in some])
+    for one in some:  # one that is too long is better found now than after hours
+        check_prompt(one.name, one.prompt, model.backend, _NEW_TOKENS)
     journal.keep(len(journal.records) // batch * batch if len(journal.records) < len(some) else None)
     progress(len(journal.records), len(some))
     for begin in range(len(journal.records), len(some), batch):
@@ -114,8 +126,8 @@ def judge(loaded: Loaded, answers: Sequence[dict[str, Any]]) -> Scores:
     means = {"chrF of sentences": mean_share(each)}
     for name, metric in (("chrF", chrf), ("BLEU", BLEU())):
         means[name] = _corpus_share(metric, given, wanted)
-    if (meteor := _meteor(given, wanted)) is not None:
-        means["METEOR"] = mean_share(meteor)
+    if loaded.meteor is not None:
+        means["METEOR"] = mean_share(_meteor(given, wanted))
     values = {one.name: value for one, value in zip(loaded.sentences, each, strict=True)}
     return Scores("chrF of sentences", means, len(given), loaded.n_sentences, values)
 
@@ -133,18 +145,30 @@ def _corpus_share(metric: Any, given: Sequence[str], wanted: Sequence[str]) -> S
     return Share(value, max(0.0, middle - reach), min(1.0, middle + reach))
 
 
-def _meteor(given: Sequence[str], wanted: Sequence[str]) -> list[float] | None:
-    """Return each sentence's METEOR, or None without nltk or its WordNet."""
+def _meteor_version() -> str | None:
+    """Return what METEOR is computed with, or None without nltk or its WordNet."""
     if find_spec("nltk") is None:
         return None
+    import nltk
     from nltk.corpus import wordnet
-    from nltk.translate.meteor_score import meteor_score
 
     try:
         wordnet.ensure_loaded()
     except LookupError:
         return None
-    return [float(meteor_score([other.split()], one.split())) for one, other in zip(given, wanted, strict=True)]
+    return f"nltk {nltk.__version__}, WordNet {wordnet.get_version()}"
+
+
+def _meteor(given: Sequence[str], wanted: Sequence[str]) -> list[float]:
+    """Return each sentence's METEOR, of the words that sacrebleu's tokenizer 13a splits a text into."""
+    from nltk.translate.meteor_score import meteor_score
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    words: Any = Tokenizer13a()  # type: ignore[no-untyped-call]
+    return [
+        float(meteor_score([words(other).split()], words(one).split()))
+        for one, other in zip(given, wanted, strict=True)
+    ]
 
 
 def _header(target: str) -> str:

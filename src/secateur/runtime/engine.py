@@ -142,9 +142,9 @@ class NativeBackend:
 
     def log_likelihood(self, token_ids: Sequence[int], begin: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return how likely each token from place `begin` on is, and whether none is more so; see `Backend`."""
-        check_scored(token_ids, begin, self.max_positions)
+        check_scored(token_ids, begin, self.max_positions, self.model.architecture.vocabulary)
         values, likeliest = np.empty(len(token_ids) - begin), np.empty(len(token_ids) - begin, dtype=np.bool_)
-        context = self.contexts.take(token_ids[:begin], len(token_ids))
+        context = self.contexts.take(token_ids[:begin], len(token_ids) - 1)
         try:
             for logits, place in self._logits_from(token_ids, begin, context):
                 rows, targets = np.arange(len(logits)), np.asarray(token_ids[place : place + len(logits)])
@@ -152,7 +152,7 @@ class NativeBackend:
                 rest = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)) + top
                 values[place - begin :][: len(logits)] = chosen - rest
                 likeliest[place - begin :][: len(logits)] = chosen == top
-                if np.isnan(rest).any():
+                if not np.isfinite(rest).all():
                     raise ModelError("the model computes NaN: its weights are damaged; fetch or derive it again")
         finally:
             self.contexts.give_back(context)

@@ -103,7 +103,7 @@ class TransformersBackend:
 
     def log_likelihood(self, token_ids: Sequence[int], begin: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return how likely each token from place `begin` on is, and whether none is more so; see `Backend`."""
-        check_scored(token_ids, begin, self.max_positions)
+        check_scored(token_ids, begin, self.max_positions, self.model.config.get_text_config().vocab_size)
         if begin == len(token_ids):
             return np.empty(0), np.empty(0, dtype=np.bool_)
         logits = _all_logits(self.model, token_ids, len(token_ids) - begin)
@@ -111,7 +111,9 @@ class TransformersBackend:
             allowed = torch.from_numpy(self.shortlist.tokens).long()
             logits = torch.full_like(logits, -torch.inf).index_copy(1, allowed, logits[:, allowed])
         chosen = logits.gather(1, torch.tensor(token_ids[begin:])[:, None]).squeeze(1)
-        values = chosen.double() - logits.double().logsumexp(1)
+        total = logits.double().logsumexp(1)
+        _refuse_nan(self.model, torch.where(total.isfinite(), total, torch.nan))
+        values = chosen.double() - total
         return values.numpy(), (chosen == logits.amax(1)).numpy()
 
 

@@ -181,7 +181,8 @@ class NativeModel:
             a.norm_epsilon, 1.0, a.inverse_frequencies.ctypes.data,
         )  # fmt: skip
         problem = ctypes.c_char_p()
-        self.handle = _library().sct_model_create(
+        self._library = _library()  # a global name is gone when the interpreter ends
+        self.handle = self._library.sct_model_create(
             ctypes.byref(shape), blocks, ctypes.byref(embedding.struct), ctypes.byref(computed), norm, threads,
             ctypes.byref(problem),
         )  # fmt: skip
@@ -190,7 +191,7 @@ class NativeModel:
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
-            _library().sct_model_destroy(self.handle)
+            self._library.sct_model_destroy(self.handle)
             self.handle = None
 
     def forward(

@@ -1,9 +1,12 @@
 """Text to tokens and tokens to text, the same for every way to run a model."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from secateur.errors import ConfigError
+
+if TYPE_CHECKING:
+    from secateur.runtime.loaded import Backend
 
 # Tokens of the prompt that are decoded together with the new text, because some tokenizers drop a leading space.
 _CONTEXT_TOKENS = 5
@@ -69,12 +72,25 @@ def check_length(token_ids: Sequence[int], max_new_tokens: int, max_positions: i
         )
 
 
-def check_scored(token_ids: Sequence[int], begin: int, max_positions: int | None) -> None:
-    """Raise `ConfigError` when the tokens from place `begin` on cannot be told the likelihood of."""
+def check_prompt(name: str, prompt: str, backend: "Backend", max_new_tokens: int) -> None:
+    """Raise the `ConfigError` of `encode_prompt` for one of many prompts, by its name."""
+    try:
+        encode_prompt(prompt, backend.codec, max_new_tokens, backend.max_positions)
+    except ConfigError as error:
+        raise ConfigError(f"{name} cannot be asked: {error}") from None
+
+
+def check_scored(token_ids: Sequence[int], begin: int, max_positions: int | None, vocabulary: int) -> None:
+    """Raise `ConfigError` when the tokens from place `begin` on cannot be told the likelihood of.
+
+    The last token is only told, and takes no position.
+    """
     if not 1 <= begin <= len(token_ids):
         raise ConfigError(f"likelihood from token {begin} on of {len(token_ids)}; it has to be between 1 and that")
-    if max_positions is not None and len(token_ids) > max_positions:
+    if max_positions is not None and len(token_ids) - 1 > max_positions:
         raise ConfigError(f"a text of {len(token_ids)} tokens exceeds the {max_positions} positions of this model")
+    if not all(0 <= token < vocabulary for token in token_ids):
+        raise ConfigError(f"a token is outside of the vocabulary of {vocabulary}; the tokenizer may be another model's")
 
 
 def decode_pieces(token_ids: Iterable[int], codec: Codec, prompt_ids: Sequence[int]) -> Iterator[str]:

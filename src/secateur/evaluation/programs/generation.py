@@ -80,6 +80,7 @@ def generate(
     for problem in problems:  # one that is too long is better found now than after hours
         encode_prompt(prompts.of(problem), model.backend.codec, asking.max_new_tokens, model.backend.max_positions)
     wanted = [(problem, number) for problem in problems for number in range(asking.samples)]
+    journal.expect([problem.task_id for problem, _ in wanted])
     journal.keep(len(journal.records) // asking.batch * asking.batch if len(journal.records) < len(wanted) else None)
     progress(len(journal.records), len(wanted))
     for begin in range(len(journal.records), len(wanted), asking.batch):

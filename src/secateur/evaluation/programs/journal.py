@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from secateur.errors import ConfigError
 
 
 class Journal:
@@ -25,6 +27,15 @@ class Journal:
         self._file.flush()
         os.fsync(self._file.fileno())
         self.records += added
+
+    def expect(self, task_ids: Sequence[str], first: int = 0) -> None:
+        """Raise `ConfigError` when records from number `first` on are not answers to these problems, in this order."""
+        for record, task_id in zip(self.records[first:], task_ids, strict=False):
+            if record.get("task_id") != task_id:
+                raise ConfigError(
+                    f"{str(self.path)!r} has an answer to {record.get('task_id')!r}, not to {task_id!r}: "
+                    "delete the folder to start afresh"
+                )
 
     def keep(self, count: int | None) -> None:
         """Forget all but the first `count` records; None keeps all."""

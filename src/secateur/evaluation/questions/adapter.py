@@ -1,5 +1,6 @@
 """A loaded model behind lm-eval's interface, native or torch, its answers kept in a journal as they come."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,8 +10,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from secateur.errors import ConfigError, ModelError
 from secateur.evaluation.programs.journal import Journal
+from secateur.evaluation.questions.asking import SHORTENED
 from secateur.models.source import load_tokenizer
 from secateur.runtime.loaded import LoadedModel
+from secateur.runtime.text import check_prompt
 
 NEW_TOKENS = 256  # of an answer, where a task does not say how many
 TOGETHER = 32  # answers that are computed together, and kept together
@@ -21,10 +24,13 @@ class JournalLM(TemplateLM):  # type: ignore[misc]
     """Answers lm-eval's requests, in their order, and keeps each batch of answers before it begins the next.
 
     A journal that has some already is gone on with, so an interruption costs one batch. Each record has `task_id`, and
-    `log_likelihood` in nats with `greedy` (whether each token is the likeliest one), or `completion`.
+    `log_likelihood` in nats (null for minus infinity) with `greedy` (whether each token is the likeliest one), or
+    `completion`; `shortened` where the beginning of a question that is too long was left out.
 
     Parameters
     ----------
+    name
+        The task's; records are called by it and the document's number.
     places
         Numbers of the documents that are asked, in lm-eval's order; None when those are the numbers.
     batch
@@ -37,12 +43,13 @@ class JournalLM(TemplateLM):  # type: ignore[misc]
         journal: Journal,
         progress: Callable[[int, int], None],
         *,
+        name: str,
         places: Sequence[int] | None = None,
         batch: int = TOGETHER,
     ) -> None:
         super().__init__()
         self._model, self._journal, self._progress, self._batch = model, journal, progress, batch
-        self._places = places
+        self._name, self._places = name, places
         self._chat = load_tokenizer(model.path)
         self._used = 0  # records of the journal that have answered a request
 
@@ -79,24 +86,30 @@ class JournalLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return how likely each continuation is behind its context, and whether it is what the model would write."""
-        self._names = [self._name(request) for request in requests]
+        self._asked = self._names(requests)
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **options: Any
     ) -> list[tuple[float, bool]]:
         def answer(some: Sequence[tuple[tuple[str, str], list[int], list[int]]]) -> Iterator[dict[str, Any]]:
             for _, context, continuation in some:
-                token_ids = [*context, *continuation][-self.max_length :]
-                begin = max(1, len(token_ids) - len(continuation))
+                token_ids = [*context, *continuation][-self.max_length - 1 :]  # the last one is told, and tells nothing
+                begin = len(token_ids) - len(continuation)
                 values, likeliest = self._model.backend.log_likelihood(token_ids, begin)
-                yield {"log_likelihood": float(values.sum()), "greedy": bool(likeliest.all())}
+                total = float(values.sum())
+                record = {"log_likelihood": total if math.isfinite(total) else None, "greedy": bool(likeliest.all())}
+                shortened = len(token_ids) < len(context) + len(continuation)
+                yield {**record, SHORTENED: True} if shortened else record
 
-        return [(one["log_likelihood"], one["greedy"]) for one in self._answers(requests, self._names, answer)]
+        for name, (_, _, told) in zip(self._asked, requests, strict=True):
+            if not 1 <= len(told) <= self.max_length:
+                raise ConfigError(f"a choice of {name} has {len(told)} tokens; the model takes 1 to {self.max_length}")
+        return [(_nats(one), one["greedy"]) for one in self._answers(requests, self._asked, answer)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of whole texts, each token with as much before it as the model takes."""
+        """Return the log-likelihood of whole texts, in windows of as many tokens as the model takes, 2,048 at most."""
 
         def answer(some: Sequence[Instance]) -> Iterator[dict[str, Any]]:
             for request in some:
@@ -110,10 +123,9 @@ class JournalLM(TemplateLM):  # type: ignore[misc]
                 for context, continuation in map(make_disjoint_window, windows):
                     values, _ = self._model.backend.log_likelihood([*context, *continuation], len(context))
                     total += float(values.sum())
-                yield {"log_likelihood": total}
+                yield {"log_likelihood": total if math.isfinite(total) else None}
 
-        names = [self._name(request) for request in requests]
-        return [one["log_likelihood"] for one in self._answers(requests, names, answer)]
+        return [_nats(one) for one in self._answers(requests, self._names(requests), answer)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes up to a string at which an answer ends."""
@@ -125,12 +137,15 @@ class JournalLM(TemplateLM):  # type: ignore[misc]
 
         if len({str(request.args[1]) for request in requests}) > 1:
             raise ConfigError("requests of one task that are to end in different ways are not supported")
-        names = [self._name(request) for request in requests]
+        names = self._names(requests)
+        backend = self._model.backend
+        for name, request in zip(names, requests, strict=True):  # better found now than after hours
+            check_prompt(name, request.args[0], backend, _options(request.args[1])["max_new_tokens"])
         return [one["completion"] for one in self._answers(requests, names, answer)]
 
-    def _name(self, request: Instance) -> str:
-        number = request.doc_id if self._places is None else self._places[request.doc_id]
-        return f"{request.task_name}/{number}"
+    def _names(self, requests: Sequence[Instance]) -> list[str]:
+        numbers = [one.doc_id if self._places is None else self._places[one.doc_id] for one in requests]
+        return [f"{self._name}/{number}" for number in numbers]
 
     def _answers(
         self,
@@ -140,6 +155,7 @@ class JournalLM(TemplateLM):  # type: ignore[misc]
     ) -> list[dict[str, Any]]:
         """Return a record for each request: those of the journal, then new ones, whole batches at a time."""
         first, end = self._used, self._used + len(requests)
+        self._journal.expect(names, first)
         known = min(len(self._journal.records), end) - first
         whole = first + (known if known == len(requests) else known // self._batch * self._batch)
         self._journal.keep(whole if whole < end else None)
@@ -151,6 +167,11 @@ class JournalLM(TemplateLM):  # type: ignore[misc]
             self._progress(len(self._journal.records), end)
         self._used = end
         return self._journal.records[first:end]
+
+
+def _nats(record: dict[str, Any]) -> float:
+    value = record["log_likelihood"]
+    return -math.inf if value is None else float(value)
 
 
 def _options(settings: dict[str, Any]) -> dict[str, Any]:
