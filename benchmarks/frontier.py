@@ -8,7 +8,8 @@ For one parent and one domain: sub-models derived for each size (`secateur deriv
 `--vocabulary` says) and those named with `--subs`; the parent as it is, lossless by definition; the parent quantised by
 llama.cpp to each type, with an importance matrix from the same calibration text (the mean squares of the inputs of each
 weight, which is what llama-imatrix computes); and smaller dense models. A type may name that of embedding and head
-behind a slash: without it llama.cpp gives them more bits, often Q8_0. Quality is bits per byte of the same held-out
+behind a slash: without it llama.cpp gives them more bits, often Q8_0. A matrix that a file has twice, as embedding and
+as head, is stored once in llama.cpp's files too. Quality is bits per byte of the same held-out
 text, drawn in the parent's tokens, of the values as they are stored: llama.cpp's are unpacked and run by transformers,
 so that no rounding of activations is held against either side. Speed is one run of `secateur benchmark` in which all of
 them alternate. Writes OUT/NAME.json for each model, OUT/frontier.json and, where matplotlib is installed,
@@ -20,6 +21,7 @@ import ctypes
 import os
 from pathlib import Path
 
+import gguf
 import torch
 from caching import cached
 from transformers import AutoModelForCausalLM
@@ -41,6 +43,7 @@ from secateur.runtime.loading import open_model
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ3_XS", "Q2_K", "Q4_0/Q4_0", "Q3_K_M/Q4_0", "Q2_K/Q4_0")
 GENERAL = "general"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
 def importance_matrix(folder, domain, samples, data):
@@ -59,7 +62,39 @@ def importance_matrix(folder, domain, samples, data):
     return {source.name: means[name] for name, source in sources.items() if name in means}
 
 
-def quantise(gguf, kind, matrix, target):
+def tied_file(options):
+    """Return the parent's file, or a copy in which a head that is the embedding once more is stored once.
+
+    Some files have both although the model ties them, in different types: the copy has the finer one. llama.cpp's files
+    would be a fifth larger than they need be otherwise.
+    """
+    reader = gguf.GGUFReader(options.parent)
+    tensors = {one.name: one for one in reader.tensors}
+    config = read_json(options.folder.path / "config.json")
+    if HEAD not in tensors or not config["tie_word_embeddings"]:
+        return options.parent
+    target = options.output / f"{options.parent.stem}-tied.gguf"
+    if target.exists():
+        return target
+    kept = max((tensors[name] for name in (EMBEDDING, HEAD)), key=lambda one: one.n_bytes)
+    with atomic_file(target) as partial:
+        writer = gguf.GGUFWriter(partial, reader.get_field("general.architecture").contents())
+        for name, field in reader.fields.items():
+            if not name.startswith("GGUF.") and name != "general.architecture":
+                inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(name, field.contents(), field.types[0], inner)
+        for name, one in tensors.items():
+            if name != HEAD:
+                data = kept if name == EMBEDDING else one
+                writer.add_tensor(name, data.data, raw_dtype=data.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return target
+
+
+def quantise(source, kind, matrix, target):
     """Let llama.cpp quantise a GGUF to `kind` with an importance matrix."""
     import llama_cpp
 
@@ -77,8 +112,8 @@ def quantise(gguf, kind, matrix, target):
     options.allow_requantize = True
     options.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     with atomic_file(target) as partial:
-        if llama_cpp.llama_model_quantize(str(gguf).encode(), str(partial).encode(), options) != 0:
-            raise SystemExit(f"llama.cpp cannot quantise {gguf} to {kind}")
+        if llama_cpp.llama_model_quantize(str(source).encode(), str(partial).encode(), options) != 0:
+            raise SystemExit(f"llama.cpp cannot quantise {source} to {kind}")
 
 
 def llama_files(options, folder):
@@ -88,7 +123,7 @@ def llama_files(options, folder):
         found[kind] = options.output / f"{options.domain}-{kind}.gguf".replace("/", "_")
         if not found[kind].exists():
             matrix = matrix or importance_matrix(folder, options.domain, options.samples, options.data)
-            quantise(options.parent, kind, matrix, found[kind])
+            quantise(tied_file(options), kind, matrix, found[kind])
     return found
 
 
