@@ -170,3 +170,14 @@ def test_what_a_library_raises_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed_runners, "open_runner", broken)
     speed_worker.main("llama.cpp", "x.gguf", 1)
     assert json.loads(capsys.readouterr().out) == {"error": "it cannot be loaded (cannot read it)"}
+
+
+def test_what_a_shell_says_about_waiting_threads_slows_nobody(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("SECATEUR_CACHE", "/somewhere")
+    found = speed_worker.environment(2)
+    assert "OMP_WAIT_POLICY" not in found
+    assert "GOMP_SPINCOUNT" not in found
+    assert (found["OMP_NUM_THREADS"], found["SECATEUR_CACHE"]) == ("2", "/somewhere")

@@ -23,6 +23,16 @@ from secateur.errors import SecateurError
 MB = 1e6
 
 
+# How OpenMP's threads wait: llama.cpp's take twice the time for a token where a shell happens to say `passive`.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Return the environment of a process that is timed: each program waits in its own way."""
+    inherited = {name: value for name, value in os.environ.items() if name not in _WAITING}
+    return {**inherited, "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": str(threads)}
+
+
 class Worker:
     """The parent's end: starts the process and asks it, one question at a time.
 
@@ -33,7 +43,6 @@ class Worker:
     """
 
     def __init__(self, kind: str, path: str, threads: int) -> None:
-        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": str(threads)}
         self.name = f"{kind} {path}"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close(); a pipe would fill up
         self._process = subprocess.Popen(
@@ -42,7 +51,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=environment,
+            env=environment(threads),
         )
         try:
             self.loaded = self._answer()
