@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import secateur
+from secateur.evaluation.journal import Journal
 from secateur.evaluation.programs.benchmarks import load_benchmark
 from secateur.evaluation.programs.generation import Asking, generate
-from secateur.evaluation.programs.journal import Journal
 from secateur.evaluation.programs.run import chosen
 from secateur.evaluation.programs.score import score
 

@@ -6,8 +6,8 @@ import torch
 import secateur
 from secateur.errors import ConfigError
 from secateur.evaluation.harness import evaluate
-from secateur.evaluation.infilling import Gap, fill, gaps, judge, similarity
-from secateur.evaluation.programs.journal import Journal
+from secateur.evaluation.infilling import Gap, Gaps, gaps, judge, similarity
+from secateur.evaluation.journal import Journal
 from tests.cli.running import write_sources
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -71,14 +71,14 @@ def test_similarity_is_that_of_levenshtein(one, other, expected):
 def test_gaps_are_filled_with_what_the_model_writes_between(folder, text, tmp_path):
     model, some = secateur.load(folder), gaps(str(text), None, 3)
     with Journal(tmp_path / "a.jsonl") as journal:
-        fill(model, some, journal, lambda *_: None, batch=4)
+        Gaps(tuple(some)).ask(model, journal, lambda *_: None, 4)
     with Journal(tmp_path / "a.jsonl") as journal:
         found = [one["completion"] for one in journal.records]
     assert found == [model.generate(gap.before, 96, suffix=gap.after) for gap in some]
     lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "b.jsonl").write_bytes(b"".join(lines[:5]))
     with Journal(tmp_path / "b.jsonl") as journal:
-        fill(model, some, journal, lambda *_: None, batch=4)
+        Gaps(tuple(some)).ask(model, journal, lambda *_: None, 4)
     assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
 
 

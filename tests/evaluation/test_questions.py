@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 import secateur
 from secateur.errors import ConfigError, CorpusError
 from secateur.evaluation.harness import evaluate
-from secateur.evaluation.programs.journal import Journal
+from secateur.evaluation.journal import Journal
 from secateur.evaluation.questions import loading
 from secateur.evaluation.questions.adapter import JournalLM
 from secateur.evaluation.questions.asking import built

@@ -7,9 +7,9 @@ import secateur
 from secateur.errors import ConfigError, CorpusError, UnknownNameError
 from secateur.evaluation import translating
 from secateur.evaluation.harness import evaluate
+from secateur.evaluation.journal import Journal
 from secateur.evaluation.programs.generation import Asking
-from secateur.evaluation.programs.journal import Journal
-from secateur.evaluation.translating import judge, load_sentences, translate
+from secateur.evaluation.translating import judge, load_sentences
 from tests.tiny import save_tiny, tiny_tokenizer
 
 GERMAN = ["Der Hund läuft schnell.", "Die Katze schläft.", "", "x" * 401, "Wir gehen heute nach Hause."]
@@ -103,13 +103,13 @@ def test_meteor_is_told_where_wordnet_is(data, monkeypatch):
 def test_a_run_is_gone_on_with_and_compared(data, folder, tmp_path):
     model, loaded = secateur.load(folder), load_sentences("de-en", data, None)
     with Journal(tmp_path / "a.jsonl") as journal:
-        translate(model, loaded, journal, lambda *_: None, 2)
+        loaded.ask(model, journal, lambda *_: None, 2)
         whole = list(journal.records)
     lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "b.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:9])
     with Journal(tmp_path / "b.jsonl") as journal:
         assert len(journal.records) == 2
-        translate(model, loaded, journal, lambda *_: None, 2)
+        loaded.ask(model, journal, lambda *_: None, 2)
         assert journal.records == whole
     found = evaluate(
         folder, "translation:de-en", against=folder, data=data, output=tmp_path / "out", asking=Asking(batch=2)
@@ -133,7 +133,7 @@ def test_a_sentence_that_does_not_fit_is_named_at_once(data, tmp_path):
         Journal(tmp_path / "a.jsonl") as journal,
         pytest.raises(ConfigError, match=r"de-en/0 cannot be asked: prompt of"),
     ):
-        translate(model, load_sentences("de-en", data, None), journal, lambda *_: None, 2)
+        load_sentences("de-en", data, None).ask(model, journal, lambda *_: None, 2)
 
 
 def test_what_cannot_be_translated_is_said(data, tmp_path, monkeypatch):

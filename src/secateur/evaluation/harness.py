@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.evaluation.asked import plan_asked
+from secateur.evaluation.folder import working_folder
 from secateur.evaluation.measuring import Measuring, Progress, compare_all, places
 from secateur.evaluation.plan import WINDOWS_PER_DOCUMENT, check_arguments, make_plan
-from secateur.evaluation.programs.folder import working_folder
 from secateur.evaluation.programs.generation import Asking
 from secateur.evaluation.results import Evaluation
 from secateur.files import atomic_folder

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from secateur.evaluation.programs.folder import hash_of
-from secateur.evaluation.programs.journal import Journal
+from secateur.evaluation.folder import hash_of
+from secateur.evaluation.journal import Journal
 from secateur.evaluation.proportions import mean_share
 from secateur.evaluation.scores import Scores
 from secateur.runtime.loaded import LoadedModel
 
 Kind = Literal["line", "span"]
 EACH = 100  # gaps of each kind
-BATCH = 32
 _BEFORE, _AFTER = 3000, 1500  # characters of a file that a model sees on both sides of a gap
 _SHORTEST, _LONGEST = 8, 200  # characters of a gap
 _LINES = 3  # that a stretch goes over, at most
@@ -106,20 +105,33 @@ def _gap(name: str, text: str, kind: Kind) -> Gap | None:
     return Gap(f"{name}, {kind}", kind, before, text[end : end + _AFTER], text[begin:end])
 
 
-def fill(
-    model: LoadedModel, some: Sequence[Gap], journal: Journal, progress: Callable[[int, int], None], batch: int = BATCH
-) -> None:
-    """Let a model fill gaps, and append {"task_id", "completion"} of each answer; goes on with what a journal has."""
-    journal.expect([gap.name for gap in some])
-    journal.keep(len(journal.records) // batch * batch if len(journal.records) < len(some) else None)
-    progress(len(journal.records), len(some))
-    for begin in range(len(journal.records), len(some), batch):
-        part = some[begin : begin + batch]
-        answers = model.generate_batch(
-            [gap.before for gap in part], max_new_tokens=_NEW_TOKENS, suffixes=[gap.after for gap in part]
-        )
-        journal.append({"task_id": gap.name, "completion": answer} for gap, answer in zip(part, answers, strict=True))
-        progress(begin + len(part), len(some))
+@dataclass(frozen=True)
+class Gaps:
+    """Gaps that a model is to fill; see `secateur.evaluation.asked.Answered`."""
+
+    gaps: tuple[Gap, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Return a SHA-256 of what is asked and what was there."""
+        parts = (part for gap in self.gaps for part in (gap.name, gap.before, gap.after, gap.text))
+        return hash_of(*parts)
+
+    def described(self) -> dict[str, Any]:
+        """Return what results depend on."""
+        return {"sha256": self.sha256, "problems": len(self.gaps)}
+
+    def ask(self, model: LoadedModel, journal: Journal, progress: Callable[[int, int], None], batch: int) -> Scores:
+        """Let a model fill the gaps, and compare its answers with what was there."""
+
+        def answer(some: slice) -> list[dict[str, Any]]:
+            part = self.gaps[some]
+            before, after = [gap.before for gap in part], [gap.after for gap in part]
+            answers = model.generate_batch(before, max_new_tokens=_NEW_TOKENS, suffixes=after)
+            return [{"completion": text} for text in answers]
+
+        names = [gap.name for gap in self.gaps]
+        return judge(self.gaps, journal.in_batches(names, batch, answer, progress))
 
 
 def judge(some: Sequence[Gap], answers: Sequence[dict[str, Any]]) -> Scores:
@@ -138,8 +150,3 @@ def similarity(one: str, other: str) -> float:
     from rapidfuzz.distance import Levenshtein
 
     return float(Levenshtein.normalized_similarity(one, other))
-
-
-def hash_of_gaps(some: Sequence[Gap]) -> str:
-    """Return a SHA-256 of what is asked and what was there."""
-    return hash_of(*(part for gap in some for part in (gap.name, gap.before, gap.after, gap.text)))

@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING, cast
 
 import secateur
 from secateur.evaluation.asked import Asked
-from secateur.evaluation.infilling import fill, hash_of_gaps, judge
+from secateur.evaluation.folder import RESERVED
+from secateur.evaluation.journal import SAMPLES, Journal
 from secateur.evaluation.perplexity import PerplexityResult, compare_perplexity, evaluate_perplexity
 from secateur.evaluation.plan import Plan, Subject
-from secateur.evaluation.programs.folder import RESERVED
-from secateur.evaluation.programs.journal import Journal
-from secateur.evaluation.programs.run import SAMPLES, slug
+from secateur.evaluation.programs.run import slug
 from secateur.evaluation.proportions import holm
 from secateur.evaluation.results import Cell, ModelRecord
 from secateur.evaluation.scores import Scores, ScoresComparison, compare_scores
 from secateur.evaluation.tasks import Task
-from secateur.evaluation.translating import judge as judge_sentences
-from secateur.evaluation.translating import translate
 from secateur.files import release_freed_memory
 
 if TYPE_CHECKING:
@@ -97,20 +94,11 @@ class Measuring:
         folder, style = self.folder / places(self.plan)[subject.name], ""
         model = secateur.load(subject.folder.path, threads=self.threads)
         engine = model.backend.name
-        for task, some in self.asked.infills.items():
+        for task, one in self.asked.answered.items():
             (folder / slug(task)).mkdir(parents=True, exist_ok=True)
             with Journal(folder / slug(task) / SAMPLES) as journal:
-                fill(model, some, journal, self._reports(subject, f"{task}, answers"))
-                found[task] = Cell(task, subject.name, hash_of_gaps(some), judge(some, journal.records))
-        for task, question in self.asked.questions.items():
-            report = self._reports(subject, f"{task}, answers")
-            scores = question.ask(model, folder / slug(task), report, batch=self.asked.batch)
-            found[task] = Cell(task, subject.name, question.sha256, scores)
-        for task, sentences in self.asked.sentences.items():
-            (folder / slug(task)).mkdir(parents=True, exist_ok=True)
-            with Journal(folder / slug(task) / SAMPLES) as journal:
-                translate(model, sentences, journal, self._reports(subject, f"{task}, answers"), self.asked.batch)
-                found[task] = Cell(task, subject.name, sentences.sha256, judge_sentences(sentences, journal.records))
+                scores = one.ask(model, journal, self._reports(subject, f"{task}, answers"), self.asked.batch)
+            found[task] = Cell(task, subject.name, one.sha256, scores)
         programs = self.asked.programs
         if programs is None:
             return engine

@@ -48,22 +48,7 @@ class Task:
     @property
     def runs_programs(self) -> bool:
         """Whether answers are programs, which are run."""
-        return self.kind not in _OF_DOMAINS and not self.is_question and not self.is_translation
-
-    @property
-    def is_infill(self) -> bool:
-        """Whether answers are text that was taken out of a file."""
-        return self.kind == INFILL
-
-    @property
-    def is_question(self) -> bool:
-        """Whether lm-eval asks."""
-        return self.kind in QUESTIONS
-
-    @property
-    def is_translation(self) -> bool:
-        """Whether answers are translations."""
-        return self.kind == TRANSLATION
+        return self.kind not in (*_OF_DOMAINS, TRANSLATION, *QUESTIONS)
 
     @property
     def has_answers(self) -> bool:

@@ -5,7 +5,6 @@ BLEU and chrF are those of sacrebleu. METEOR is that of nltk, for translations i
 by the mean chrF of sentences.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,8 +13,9 @@ from typing import Any
 
 from secateur.calibration.sources import data_folder, read_bytes
 from secateur.errors import ConfigError, CorpusError
-from secateur.evaluation.programs.folder import hash_of
-from secateur.evaluation.programs.journal import Journal
+from secateur.evaluation.drawing import drawn
+from secateur.evaluation.folder import hash_of
+from secateur.evaluation.journal import Journal
 from secateur.evaluation.proportions import Share, mean_share
 from secateur.evaluation.scores import Scores
 from secateur.runtime.loaded import LoadedModel
@@ -39,8 +39,11 @@ class Sentence:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """Sentences that are asked, and how many the benchmark has; `meteor` is what computes METEOR, if anything."""
+class Sentences:
+    """Sentences that are to be translated; see `secateur.evaluation.asked.Answered`.
+
+    `n_sentences` is how many the benchmark has, `meteor` what computes METEOR, if anything.
+    """
 
     pair: str
     sentences: tuple[Sentence, ...]
@@ -67,8 +70,20 @@ class Loaded:
             "meteor": self.meteor,
         }
 
+    def ask(self, model: LoadedModel, journal: Journal, progress: Callable[[int, int], None], batch: int) -> Scores:
+        """Let a model translate, and compare its translations with the references."""
+        for one in self.sentences:  # one that is too long is better found now than after hours
+            check_prompt(one.name, one.prompt, model.backend, _NEW_TOKENS)
 
-def load_sentences(pair: str, data: Path | None, problems: int | None) -> Loaded:
+        def answer(some: slice) -> list[dict[str, Any]]:
+            prompts = [one.prompt for one in self.sentences[some]]
+            answers = model.generate_batch(prompts, max_new_tokens=_NEW_TOKENS, stop=("\n",))
+            return [{"completion": text} for text in answers]
+
+        return judge(self, journal.in_batches([one.name for one in self.sentences], batch, answer, progress))
+
+
+def load_sentences(pair: str, data: Path | None, problems: int | None) -> Sentences:
     """Read a benchmark (`benchmarks/translation/EN-DE.src.EN` and `.ref.DE`) and solved examples from a data folder.
 
     Raises
@@ -88,33 +103,14 @@ def load_sentences(pair: str, data: Path | None, problems: int | None) -> Loaded
     solved = _pairs(f"text/translation/train.{source}", f"text/translation/train.{target}", pair, data)
     before = "".join(f"{_line(source, one)} {other}\n" for one, other in solved[:SHOTS])
     fitting = [number for number, (one, other) in enumerate(asked) if one and other and len(one) <= _LONGEST]
-    order = sorted(fitting, key=lambda number: hashlib.sha256(str(number).encode()).hexdigest())
     sentences = tuple(
         Sentence(f"{pair}/{number}", f"{_header(target)}{before}{_line(source, asked[number][0])}", asked[number][1])
-        for number in sorted(order[:problems])
+        for number in drawn(fitting, problems, int)
     )
-    return Loaded(pair, sentences, len(fitting), _meteor_version() if target == "en" else None)
+    return Sentences(pair, sentences, len(fitting), _meteor_version() if target == "en" else None)
 
 
-def translate(
-    model: LoadedModel, loaded: Loaded, journal: Journal, progress: Callable[[int, int], None], batch: int
-) -> None:
-    """Let a model translate, and append {"task_id", "completion"} of each sentence; goes on with what a journal has."""
-    some = loaded.sentences
-    journal.expect([one.name for one in some])
-    for one in some:  # one that is too long is better found now than after hours
-        check_prompt(one.name, one.prompt, model.backend, _NEW_TOKENS)
-    journal.keep(len(journal.records) // batch * batch if len(journal.records) < len(some) else None)
-    progress(len(journal.records), len(some))
-    for begin in range(len(journal.records), len(some), batch):
-        part = some[begin : begin + batch]
-        prompts = [one.prompt for one in part]
-        answers = model.generate_batch(prompts, max_new_tokens=_NEW_TOKENS, stop=("\n",))
-        journal.append({"task_id": one.name, "completion": text} for one, text in zip(part, answers, strict=True))
-        progress(begin + len(part), len(some))
-
-
-def judge(loaded: Loaded, answers: Sequence[dict[str, Any]]) -> Scores:
+def judge(loaded: Sentences, answers: Sequence[dict[str, Any]]) -> Scores:
     """Compare translations with references; each metric goes from 0 to 1."""
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF

@@ -6,9 +6,9 @@ import torch
 import secateur
 from secateur.errors import ConfigError
 from secateur.evaluation.harness import evaluate
+from secateur.evaluation.journal import Journal
 from secateur.evaluation.programs.benchmarks import humaneval
 from secateur.evaluation.programs.generation import Asking, generate
-from secateur.evaluation.programs.journal import Journal
 from secateur.evaluation.programs.program import Verdict
 from secateur.evaluation.programs.run import chosen
 from secateur.evaluation.programs.scoring import Scorer

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import ConfigError, CorpusError, OutputError, SandboxError, UnknownNameError
+from secateur.evaluation.journal import Journal, encode
 from secateur.evaluation.programs.benchmarks import BENCHMARKS, load_benchmark
 from secateur.evaluation.programs.checking import check, check_toolchain
 from secateur.evaluation.programs.installed import outside_usr
-from secateur.evaluation.programs.journal import Journal, encode
 from secateur.evaluation.programs.languages import toolchain
 from secateur.evaluation.programs.program import Program, Verdict
 from secateur.evaluation.programs.score import score

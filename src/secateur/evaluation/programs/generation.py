@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from secateur.errors import ConfigError
-from secateur.evaluation.programs.journal import Journal
+from secateur.evaluation.journal import Journal
 from secateur.evaluation.programs.problem import FENCE, Problem
 from secateur.models.source import load_tokenizer
 from secateur.runtime.batch import MAX_TEXTS
@@ -73,33 +73,27 @@ def generate(
 ) -> None:
     """Let a model answer, and append {"task_id", "sample", "completion"} of each answer to a journal.
 
-    Answers are in the order of the problems, those to one problem one after the other. A journal that has some already
-    is gone on with from its last whole batch, because what is computed together decides on the last digits.
+    Answers are in the order of the problems, those to one problem one after the other.
     """
     prompts = Prompts(model.path, asking.chosen(model))
     for problem in problems:  # one that is too long is better found now than after hours
         encode_prompt(prompts.of(problem), model.backend.codec, asking.max_new_tokens, model.backend.max_positions)
     wanted = [(problem, number) for problem in problems for number in range(asking.samples)]
-    journal.expect([problem.task_id for problem, _ in wanted])
-    journal.keep(len(journal.records) // asking.batch * asking.batch if len(journal.records) < len(wanted) else None)
-    progress(len(journal.records), len(wanted))
-    for begin in range(len(journal.records), len(wanted), asking.batch):
-        batch = wanted[begin : begin + asking.batch]
+
+    def answer(some: slice) -> list[dict[str, Any]]:
         texts: dict[int, str] = {}
-        for stop, places in _by_stop(batch):
+        for stop, places in _by_stop(wanted[some]):
             answers = model.generate_batch(
-                [prompts.of(batch[place][0]) for place in places],
+                [prompts.of(wanted[some][place][0]) for place in places],
                 max_new_tokens=asking.max_new_tokens,
                 temperature=asking.temperature,
-                seed=(asking.seed + begin) % 2**64,
+                seed=(asking.seed + some.start) % 2**64,
                 stop=stop,
             )
             texts |= dict(zip(places, answers, strict=True))
-        journal.append(
-            {"task_id": problem.task_id, "sample": number, "completion": texts[place]}
-            for place, (problem, number) in enumerate(batch)
-        )
-        progress(begin + len(batch), len(wanted))
+        return [{"sample": number, "completion": texts[place]} for place, (_, number) in enumerate(wanted[some])]
+
+    journal.in_batches([problem.task_id for problem, _ in wanted], asking.batch, answer, progress)
 
 
 def _by_stop(batch: Sequence[tuple[Problem, int]]) -> Iterator[tuple[tuple[str, ...], list[int]]]:

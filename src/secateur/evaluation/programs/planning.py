@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import ConfigError
 from secateur.evaluation.programs.benchmarks import load_benchmark
 from secateur.evaluation.programs.checking import check_toolchain
 from secateur.evaluation.programs.generation import PROMPTS, Asking
@@ -39,8 +38,6 @@ def plan_programs(
     """
     if not tasks:
         return None
-    if problems is not None and problems < 1:
-        raise ConfigError(f"problems is {problems}; at least 1 is needed")
     runner = permitted_runner(run_generated_code=run_generated_code, unsafe=unsafe)
     loaded = {task: load_benchmark(task, data) for task in tasks}
     tools = {task: toolchain(one.benchmark.language) for task, one in loaded.items()}

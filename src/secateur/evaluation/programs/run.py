@@ -1,15 +1,15 @@
 """One model on some benchmarks: its answers, then what came of them, in files that an interruption leaves whole."""
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.checkpoint.format import dump_json
+from secateur.evaluation.drawing import drawn
+from secateur.evaluation.journal import SAMPLES, Journal
 from secateur.evaluation.programs.benchmarks import Loaded
 from secateur.evaluation.programs.generation import Asking, generate
-from secateur.evaluation.programs.journal import Journal
 from secateur.evaluation.programs.languages import Toolchain
 from secateur.evaluation.programs.problem import Problem
 from secateur.evaluation.programs.samples import Sample
@@ -19,8 +19,6 @@ from secateur.evaluation.sandbox.running import Runner
 from secateur.evaluation.scores import Scores
 from secateur.files import atomic_write_bytes
 from secateur.runtime.loaded import LoadedModel
-
-SAMPLES = "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -72,16 +70,9 @@ def slug(name: str) -> str:
 
 
 def chosen(problems: Mapping[str, Problem], count: int | None) -> dict[str, Problem]:
-    """Return `count` problems in the order of their numbers; None means all.
-
-    Which ones are taken follows from their numbers alone, so benchmarks that were translated from one give the same.
-    """
+    """Return `count` problems in the order of their numbers; None means all."""
 
     def number(problem: Problem) -> int:
         return int((re.findall(r"\d+", problem.task_id) or ["0"])[0])
 
-    def place(problem: Problem) -> str:
-        return hashlib.sha256(str(number(problem)).encode()).hexdigest()
-
-    taken = sorted(problems.values(), key=place)[:count]
-    return {problem.task_id: problem for problem in sorted(taken, key=number)}
+    return {problem.task_id: problem for problem in drawn(problems.values(), count, number)}

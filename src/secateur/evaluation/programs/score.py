@@ -6,10 +6,10 @@ from typing import Any
 
 from secateur.checkpoint.format import dump_json
 from secateur.errors import ConfigError
+from secateur.evaluation.folder import working_folder
+from secateur.evaluation.journal import Journal
 from secateur.evaluation.programs.benchmarks import load_benchmark
 from secateur.evaluation.programs.checking import check_toolchain
-from secateur.evaluation.programs.folder import working_folder
-from secateur.evaluation.programs.journal import Journal
 from secateur.evaluation.programs.languages import toolchain
 from secateur.evaluation.programs.machine import default_workers, slowness
 from secateur.evaluation.programs.program import OUTCOMES

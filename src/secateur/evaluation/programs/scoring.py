@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from secateur.evaluation.journal import Journal
 from secateur.evaluation.programs.checking import check
-from secateur.evaluation.programs.journal import Journal
 from secateur.evaluation.programs.languages import Toolchain
 from secateur.evaluation.programs.problem import Problem
 from secateur.evaluation.programs.program import OUTCOMES, Verdict

@@ -9,7 +9,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from secateur.errors import ConfigError, ModelError
-from secateur.evaluation.programs.journal import Journal
+from secateur.evaluation.journal import Journal
 from secateur.evaluation.questions.asking import SHORTENED
 from secateur.models.source import load_tokenizer
 from secateur.runtime.loaded import LoadedModel
@@ -154,19 +154,11 @@ class JournalLM(TemplateLM):  # type: ignore[misc]
         answer: Callable[[Sequence[Any]], Iterator[dict[str, Any]]],
     ) -> list[dict[str, Any]]:
         """Return a record for each request: those of the journal, then new ones, whole batches at a time."""
-        first, end = self._used, self._used + len(requests)
-        self._journal.expect(names, first)
-        known = min(len(self._journal.records), end) - first
-        whole = first + (known if known == len(requests) else known // self._batch * self._batch)
-        self._journal.keep(whole if whole < end else None)
-        self._progress(whole, end)
-        for begin in range(whole - first, len(requests), self._batch):
-            some = slice(begin, begin + self._batch)
-            pairs = zip(names[some], answer(requests[some]), strict=True)
-            self._journal.append({"task_id": name, **record} for name, record in pairs)
-            self._progress(len(self._journal.records), end)
-        self._used = end
-        return self._journal.records[first:end]
+        found = self._journal.in_batches(
+            names, self._batch, lambda some: answer(requests[some]), self._progress, self._used
+        )
+        self._used += len(requests)
+        return found
 
 
 def _nats(record: dict[str, Any]) -> float:

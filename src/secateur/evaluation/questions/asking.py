@@ -3,13 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from secateur.errors import CorpusError
-from secateur.evaluation.programs.journal import Journal
+from secateur.evaluation.journal import Journal
 from secateur.evaluation.proportions import mean_share
 from secateur.evaluation.questions.catalogue import Question
 from secateur.evaluation.scores import Scores
@@ -19,14 +18,13 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import ConfigurableTask
 
-SAMPLES = "samples.jsonl"
 IMPOSSIBLE, SHORTENED = "impossible", "shortened"
 _SEED = 1234  # of the draw of solved examples, as lm-eval has it
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A task that is ready to be asked.
+    """A task that is ready to be asked; see `secateur.evaluation.asked.Answered`.
 
     Attributes
     ----------
@@ -64,8 +62,8 @@ class Loaded:
             "lm_eval": f"{lm_eval.__version__} {self.question.stock}",
         }
 
-    def ask(self, model: LoadedModel, place: Path, progress: Callable[[int, int], None], *, batch: int) -> Scores:
-        """Let a model answer into PLACE/samples.jsonl, and return what its answers are worth.
+    def ask(self, model: LoadedModel, journal: Journal, progress: Callable[[int, int], None], batch: int) -> Scores:
+        """Let a model answer, and return what its answers are worth.
 
         Raises
         ------
@@ -77,10 +75,9 @@ class Loaded:
         from secateur.evaluation.questions.adapter import JournalLM
         from secateur.evaluation.questions.loading import quiet
 
-        place.mkdir(parents=True, exist_ok=True)
         name = self.question.name
         self.task.set_fewshot_seed(seed=_SEED)
-        with Journal(place / SAMPLES) as journal, quiet(), np.errstate(invalid="ignore"):  # minus infinity by itself
+        with quiet(), np.errstate(invalid="ignore"):  # minus infinity by itself
             lm = JournalLM(model, journal, progress, name=name, places=self.places, batch=batch)
             found = evaluate(
                 lm,
@@ -89,7 +86,7 @@ class Loaded:
                 bootstrap_iters=0,
                 log_samples=True,
             )
-            shortened = sum(one.get(SHORTENED, False) for one in journal.records)
+        shortened = sum(one.get(SHORTENED, False) for one in journal.records)
         return _scores(self, found["samples"][name], shortened)
 
 

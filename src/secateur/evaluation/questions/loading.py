@@ -14,6 +14,7 @@ import yaml
 
 from secateur.calibration.sources import data_folder, read_bytes
 from secateur.errors import ConfigError, CorpusError
+from secateur.evaluation.drawing import drawn
 from secateur.evaluation.questions.asking import Loaded, built
 from secateur.evaluation.questions.catalogue import QUESTIONS, Question
 
@@ -39,7 +40,7 @@ def load_question(name: str, data: Path | None, problems: int | None) -> Loaded:
         task, source = found if isinstance(found, tuple) else _of_hub(question, found)
         task.set_config(key="num_fewshot", value=question.shots)
         documents = len(task.eval_docs)
-        places = _chosen(documents, problems)
+        places = tuple(drawn(range(documents), problems, int))
         return Loaded(task, question, places, documents, source, _hash(task, places))
 
 
@@ -113,12 +114,6 @@ def _manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-def _chosen(count: int, wanted: int | None) -> tuple[int, ...]:
-    """Return the numbers of `wanted` documents, which follow from their numbers alone; None means all."""
-    order = sorted(range(count), key=lambda number: hashlib.sha256(str(number).encode()).hexdigest())
-    return tuple(sorted(order[:wanted]))
 
 
 def _hash(task: "ConfigurableTask", places: tuple[int, ...]) -> str:

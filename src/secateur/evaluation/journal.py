@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from secateur.errors import ConfigError
+
+SAMPLES = "samples.jsonl"  # the journal of answers, in a folder for each task
 
 
 class Journal:
@@ -36,6 +38,43 @@ class Journal:
                     f"{str(self.path)!r} has an answer to {record.get('task_id')!r}, not to {task_id!r}: "
                     "delete the folder to start afresh"
                 )
+
+    def in_batches(
+        self,
+        task_ids: Sequence[str],
+        batch: int,
+        answer: Callable[[slice], Iterable[dict[str, Any]]],
+        progress: Callable[[int, int], None],
+        first: int = 0,
+    ) -> list[dict[str, Any]]:
+        """Return a record for each problem, from number `first` on: those that are there, and then new ones.
+
+        Work is gone on with from the last whole batch, because what is computed together decides on the last digits.
+
+        Parameters
+        ----------
+        answer
+            Gives the records of some of the problems, less `task_id`.
+        progress
+            Called with how many records there are, and how many there will be.
+
+        Raises
+        ------
+        ConfigError
+            As `expect`.
+        """
+        end = first + len(task_ids)
+        self.expect(task_ids, first)
+        known = min(len(self.records), end) - first
+        done = known if known == len(task_ids) else known // batch * batch
+        self.keep(first + done if done < len(task_ids) else None)
+        progress(first + done, end)
+        for begin in range(done, len(task_ids), batch):
+            some = slice(begin, min(begin + batch, len(task_ids)))
+            pairs = zip(task_ids[some], answer(some), strict=True)
+            self.append({"task_id": task_id, **record} for task_id, record in pairs)
+            progress(first + some.stop, end)
+        return self.records[first:end]
 
     def keep(self, count: int | None) -> None:
         """Forget all but the first `count` records; None keeps all."""
