@@ -243,6 +243,23 @@ def test_what_is_too_long_loses_its_beginning_or_is_refused(engine, tmp_path):
         lm(model, journal).generate_until([request])
 
 
+def test_other_settings_are_not_gone_on_with(data, folder, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folder, ["arc-easy"], data=data, output=tmp_path / "out", problems=3, progress=stop)
+    for options, message in (
+        ({"problems": 4}, r"another benchmarks \(arc-easy\) \(sha256\), "),
+        (
+            {"problems": 3, "limit": 77},
+            r"another settings \(tokens_per_domain\), 8000 instead of 77",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate(folder, ["arc-easy"], data=data, output=tmp_path / "out", **options)
+
+
 def test_what_cannot_be_asked_is_said_before_a_model_is_opened(data, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("secateur.load", lambda *_, **__: pytest.fail("a model was opened"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -264,3 +264,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{str(path)!r} holds no JSON object; derive or fetch the sub-model again")
     return content
+
+
+def describe_difference(key: str, old: Any, new: Any) -> str:
+    """Name the first differing entry of two plain JSON values, for an error message."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for inner in (*new, *old):
+            if old.get(inner) != new.get(inner):
+                return describe_difference(f"{key} ({inner})", old.get(inner), new.get(inner))
+    return f"{key}, {_short(old)} instead of {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

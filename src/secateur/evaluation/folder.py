@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from secateur.checkpoint.format import dump_json, read_json
+from secateur.checkpoint.format import describe_difference, dump_json, read_json
 from secateur.errors import CheckpointError, ConfigError, OutputError
 from secateur.files import atomic_write_bytes, check_writable, disk_is_full, make_parents, sha256_file
 
@@ -85,9 +85,10 @@ def _begin(folder: Path, wanted: dict[str, Any]) -> None:
         raise ConfigError(f"{str(path)!r} is damaged: delete the folder to start afresh") from None
     for key, value in wanted.items():
         if begun.get(key) != value:
+            difference = describe_difference(key, begun.get(key), value)
             raise ConfigError(
-                f"{str(folder)!r} was begun with another {key}, {begun.get(key)!r} instead of {value!r}: use the same "
-                "options to go on, or delete the folder to start afresh"
+                f"{str(folder)!r} was begun with another {difference}: use the same options to go on, or delete the "
+                "folder to start afresh"
             )
 
 

@@ -78,7 +78,7 @@ def parse_task(name: str, domains: list[str]) -> Task:
     if kind in _OF_DOMAINS and not domain:
         raise UnknownNameError(f"task {name!r} names no domain; write for example '{kind}:python'")
     if kind in _LANGUAGES and not domain:
-        raise UnknownNameError(f"task {name!r} names no language; write for example '{kind}:java'")
+        raise UnknownNameError(f"task {name!r} names no language; write for example '{kind}:{_LANGUAGES[kind][0]}'")
     return Task(name, kind, domain)
 
 

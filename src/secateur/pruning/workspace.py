@@ -4,7 +4,6 @@ An error in a first run removes it. A kill, an interrupt, a full disk, an error 
 leaves it, and `--resume` goes on from its finished shards.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from secateur.checkpoint.format import (
     PRUNED_WHOLE,
     RECOVERY,
     STATE,
+    describe_difference,
     dump_json,
     read_json,
 )
@@ -213,7 +213,7 @@ def first_difference(old: dict[str, Any], new: dict[str, Any], keys: Iterable[st
     old = _completed(old)
     for key in keys:
         if _decisive(old.get(key)) != _decisive(new.get(key)):
-            return _describe_difference(key, old.get(key), new.get(key))
+            return describe_difference(key, _decisive(old.get(key)), _decisive(new.get(key)))
     return None
 
 
@@ -228,17 +228,3 @@ def _completed(content: dict[str, Any]) -> dict[str, Any]:
 def _decisive(value: Any) -> Any:
     """Leave out what the base model was called: the hashes of its files tell which one it is."""
     return {k: v for k, v in value.items() if k not in ("model", "name")} if isinstance(value, dict) else value
-
-
-def _describe_difference(key: str, old: Any, new: Any) -> str:
-    """Name the first differing entry of two plain JSON values, for an error message."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for inner in _decisive(new):
-            if old.get(inner) != new[inner]:
-                return _describe_difference(f"{key} ({inner})", old.get(inner), new[inner])
-    return f"{key}, {_short(old)} instead of {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
