@@ -91,6 +91,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     del os.environ["SECATEUR_HOSTILE_TEST"]
 
 
+def _scale(hostile: Hostile) -> float:
+    """Return little time where only time ends a program; any other limit it can reach on a busy machine, too."""
+    return 0.5 if "timeout" in hostile.outcomes else 4
+
+
 @pytest.mark.parametrize("hostile", HOSTILE, ids=[f"{one.language}: {one.name}" for one in HOSTILE])
 def test_is_scored_as_failed_and_harms_nothing(
     hostile: Hostile, host: Host, sandbox: Sandbox, toolchain_of: Callable[[Language], Toolchain]
@@ -98,7 +103,7 @@ def test_is_scored_as_failed_and_harms_nothing(
     code = hostile.aimed(host.targets)
     begin = time.monotonic()
     program = Program(hostile.language, code, hostile.checks)
-    verdict = check(program, toolchain_of(hostile.language), sandbox, scale=0.5)
+    verdict = check(program, toolchain_of(hostile.language), sandbox, scale=_scale(hostile))
     assert time.monotonic() - begin < BOUND
     assert verdict.outcome in hostile.outcomes, verdict
     assert "SECRET" not in verdict.detail
@@ -134,9 +139,9 @@ def test_what_root_would_not_need_holds_for_a_user_too(
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     hostile = next(one for one in in_python.PROGRAMS if one.name == name)
     program = Program("python", hostile.aimed(host.targets), hostile.checks)
-    verdict = check(program, toolchain_of("python"), Sandbox(), scale=0.5)
-    # The number of root's processes has no limit in a user namespace; anybody else's has one.
-    outcomes = (*hostile.outcomes, "passed") if name == "start many processes" else hostile.outcomes
+    verdict = check(program, toolchain_of("python"), Sandbox(), scale=_scale(hostile))
+    # The number of root's processes has no limit in a user namespace (anybody else's has one), only their memory has.
+    outcomes = (*hostile.outcomes, "passed", "memory") if name == "start many processes" else hostile.outcomes
     assert verdict.outcome in outcomes, verdict
     assert host.harm() == []
 
