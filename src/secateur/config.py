@@ -18,6 +18,7 @@ Granularity = Literal["per_output", "per_layer"]
 Values = Literal["base", "int8", "int4", "nl4"]
 EmbeddingValues = Literal["int8", "int4", "nl4"]
 GroupSize = Literal[32, 64, 128]
+FOUR_BITS: tuple[Values, ...] = ("int4", "nl4")
 # Of the drift of the inputs, for methods that know the parent's: all of it fits the calibration text too closely.
 DEFAULT_CORRECTION = 0.5
 # Later tokens rest much of their attention on the first one, which is one of hundreds in a sequence.
@@ -73,6 +74,10 @@ class Recipe(BaseModel):
     embedding_values
         Precision of embedding and head where `values` are integers: `int8`, or `int4` or `nl4`, which some models
         hardly feel and others cannot bear.
+    eight_bits
+        The share of the prunable weights that have eight bits (`int8`, in groups of 128) where `values` have four and
+        nothing is removed, 0 <= eight_bits < 1: those of the parts that lose most by four. It is counted in bytes: of
+        those that eight bits for all weights would take more.
     trim_vocabulary
         Whether the head computes only the tokens that the domains' text is made of.
     correction
@@ -105,6 +110,7 @@ class Recipe(BaseModel):
     values: Values = "base"
     group_size: Annotated[GroupSize | None, Field(validate_default=True)] = None
     embedding_values: EmbeddingValues = "int8"
+    eight_bits: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     trim_vocabulary: bool = False
     vocabulary: Annotated[int | None, Field(ge=1)] = None
     recover: Annotated[int, Field(ge=0)] = 0
@@ -128,6 +134,15 @@ class Recipe(BaseModel):
             raise ValueError(
                 "with base values embedding and head are the base model's own; choose int8, int4 or nl4 values"
             )
+        return value
+
+    @field_validator("eight_bits", mode="after")
+    @classmethod
+    def _eight_bits_among_four(cls, value: float, info: ValidationInfo) -> float:
+        """Refuse more bits for some weights where the others have no fewer, or where bytes are saved by pruning."""
+        is_whole = all(info.data.get(key) is None for key in _ONE_OF_THESE[1:]) and info.data.get("sparsity") == 0
+        if value and not (is_whole and info.data.get("values") in FOUR_BITS):
+            raise ValueError("eight bits are for some weights among others of int4 or nl4, with sparsity 0")
         return value
 
     @field_validator("target_size", mode="before")

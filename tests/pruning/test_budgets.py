@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from secateur.checkpoint.format import BUDGET, Encoding, check_quantization_conf
 from secateur.errors import ConfigError, ModelError, ResourceError
 from secateur.models.structure import Block, find_blocks
 from secateur.pruning.budgets import BUDGETS, GROWTH, REACH, share_that_is_pruned
-from secateur.pruning.divergence import measure_divergence, parts
+from secateur.pruning.divergence import measure_divergence, parts, wanda_pruned
 from secateur.pruning.masks import Target
 from secateur.pruning.size import weight_bytes
 from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights, shards
 from tests.tiny import FAMILIES, OTHER_FAMILIES, save_tiny, tiny_model
 
+HALVED = partial(wanda_pruned, target=Target(0.5))
 SHAPES = {"a.q": (300, 1000), "a.o": (700, 1000), "b": (2000, 500), "c": (1000, 4000)}
 
 
@@ -210,7 +212,7 @@ def test_divergence_equals_that_of_whole_passes(family):
     token_ids, steps = torch.from_numpy(calibration().token_ids), []
     expected = reference(model, token_ids, 0.5, 100.0)
     found = measure_divergence(
-        model, find_blocks(model), token_ids, Target(0.5), 100.0, lambda done, n: steps.append((done, n))
+        model, find_blocks(model), token_ids, HALVED, 100.0, lambda done, n: steps.append((done, n))
     )
     assert found.keys() == expected.keys()
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=0.02, abs=1e-5)
@@ -223,7 +225,7 @@ def test_divergence_of_some_tokens_at_some_positions(monkeypatch):
     monkeypatch.setattr("secateur.pruning.divergence.TOKENS", 96)
     monkeypatch.setattr("secateur.pruning.divergence.POSITIONS", 8)
     model, token_ids = tiny_model("llama"), torch.from_numpy(calibration().token_ids)
-    found = measure_divergence(model, find_blocks(model), token_ids, Target(0.5), 1.0, lambda *_: None)
+    found = measure_divergence(model, find_blocks(model), token_ids, HALVED, 1.0, lambda *_: None)
     expected = reference(model, token_ids[:2], 0.5, 1.0, slice(11, None, 12))
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=0.02, abs=1e-5)
 
@@ -241,7 +243,7 @@ def test_probabilities_that_are_no_numbers_are_an_error():
         model.get_parameter("model.norm.weight").fill_(float("nan"))
     token_ids = torch.from_numpy(calibration().token_ids)
     with pytest.raises(ModelError, match=r"model.layers.0 gives probabilities that are no numbers"):
-        measure_divergence(model, find_blocks(model), token_ids, Target(0.5), 1.0, lambda *_: None)
+        measure_divergence(model, find_blocks(model), token_ids, HALVED, 1.0, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -333,9 +335,9 @@ def test_what_is_packed_is_smaller_and_keeps_some_weights_whole(tmp_path, family
 def test_divergences_are_not_measured_at_sparsities_that_tell_nothing(base, tmp_path, monkeypatch):
     seen = []
 
-    def noting(model, blocks, token_ids, target, *rest):
-        seen.append(target.sparsity)
-        return measure_divergence(model, blocks, token_ids, target, *rest)
+    def noting(model, blocks, token_ids, change, *rest):
+        seen.append(change.keywords["target"].sparsity)
+        return measure_divergence(model, blocks, token_ids, change, *rest)
 
     monkeypatch.setattr("secateur.pruning.allotment.measure_divergence", noting)
     for sparsity in (0.1, 0.6):

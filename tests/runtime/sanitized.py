@@ -19,6 +19,7 @@ BUILD = ROOT / "build" / "sanitized"
 RECIPES = {
     **{values: {"values": values, "sparsity": 0.4} for values in ("base", "int8", "int4", "nl4")},
     "unmasked": {"values": "int4", "sparsity": 0.0},
+    "eight-bits": {"values": "nl4", "sparsity": 0.0, "eight_bits": 0.5},
     "trimmed": {"values": "int8", "sparsity": 0.4, "trim_vocabulary": True},
 }
 VALUES = ("dense", *RECIPES)

@@ -15,9 +15,10 @@ from secateur.errors import CheckpointError
 QUANT_METHOD = "secateur"
 FORMAT, LAYOUT = "bitmask", "rows"
 # A file says the lowest version that describes it: only what has unmasked weights, a shortlist,
-# or a dense matrix that is not int8 needs the second, and only what has nl4 the third.
-VERSIONS = (1, 2, 3)
-_OF_THIRD = "nl4"
+# or a dense matrix that is not int8 needs the second, only what has nl4 the third, and only what has eight bits among
+# four the fourth.
+VERSIONS = (1, 2, 3, 4)
+_OF_THIRD, _OF_FOURTH = "nl4", "eight_bits"
 MANIFEST = "secateur.json"
 LOG = "derivation.log.json"
 INDEX = "model.safetensors.index.json"
@@ -29,7 +30,7 @@ PARENT_ACTIVATIONS = "activations-parent.bin"
 PRUNED = "pruned"
 PRUNED_WHOLE = f"{PRUNED}/whole"  # an empty file, there once all shards are
 RECOVERY = "recovery.state"
-BUDGET = "budget.json"  # of a derivation whose budget is measured: what was found
+BUDGET = "budget.json"  # of a derivation that measures what parts of the model are worth: what was found
 LOCK = "derivation.lock"
 # The manifest cannot hold its own hash; the others tell how the work went, or exist only while it goes on.
 NOT_HASHED = (MANIFEST, LOG, STATE, ACTIVATIONS, PARENT_ACTIVATIONS, PRUNED, RECOVERY, BUDGET, LOCK)
@@ -64,6 +65,7 @@ FLOATS = Encoding("+".join(FLOAT_VALUES))
 # Embedding and head of a sub-model whose other weights are integers, by what they are asked to be.
 DENSE_ENCODINGS = {"int8": Encoding("int8", 128), "int4": Encoding("int4", 32), "nl4": Encoding("nl4", 32)}
 DENSE_ENCODING = DENSE_ENCODINGS["int8"]  # of all in version 1
+EIGHT_BIT_ENCODING = Encoding("int8", 128)  # of prunable weights among others that have four bits
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Stored:
         Matrices outside the blocks that are not stored as they are: embedding and head, as integers or reordered.
     unmasked
         Those of `pruned` that lose no entry, and have no bitmask.
+    eight_bits
+        Those of `unmasked` that are stored as `EIGHT_BIT_ENCODING`, where all others have four bits.
     shortlist
         None when the head computes the logits of all tokens.
     """
@@ -105,12 +109,24 @@ class Stored:
     dense: StoredWeights = field(default_factory=lambda: StoredWeights(DENSE_ENCODING))
     unmasked: frozenset[str] = frozenset()
     shortlist: TrimmedHead | None = None
+    eight_bits: frozenset[str] = frozenset()
 
     def whole(self, name: str) -> StoredWeights | None:
-        """Return what a weight without a bitmask belongs to, `dense` or `pruned`; None for any other."""
+        """Return what a weight without a bitmask belongs to, with its encoding; None for any other."""
         if name in self.dense.shapes:
             return self.dense
+        if name in self.eight_bits:
+            return StoredWeights(EIGHT_BIT_ENCODING, self.pruned.shapes)
         return self.pruned if name in self.unmasked else None
+
+    def packed(self, name: str) -> StoredWeights | None:
+        """Return what a weight belongs to that is not stored as it is, with or without a bitmask; None for others."""
+        return self.whole(name) or (self.pruned if name in self.pruned.shapes else None)
+
+    def encoding_of(self, name: str) -> Encoding | None:
+        """Return how a tensor is stored as integers; None if it is not."""
+        packed = self.packed(name)
+        return packed.encoding if packed is not None and packed.encoding.bits else None
 
     def refuse_twice(self, names: Collection[str]) -> None:
         """Raise `CheckpointError` when tensors of these names hold a weight in parts and as it is.
@@ -157,13 +173,15 @@ def quantization_config(stored: Stored) -> dict[str, Any]:
         extensions["unmasked"] = [name for name in stored.pruned.shapes if name in stored.unmasked]
     if stored.shortlist is not None:
         extensions["shortlist"] = asdict(stored.shortlist)
+    if stored.eight_bits:
+        extensions[_OF_FOURTH] = [name for name in stored.pruned.shapes if name in stored.eight_bits]
     dense = {"dense": _describe(stored.dense)} if stored.dense.shapes else {}
     second = extensions or (dense and stored.dense.encoding.values == "int4")
     third = _OF_THIRD in (stored.pruned.encoding.values, stored.dense.encoding.values if dense else "")
     return {
         "quant_method": QUANT_METHOD,
         "format": FORMAT,
-        "version": VERSIONS[2] if third else VERSIONS[1] if second else VERSIONS[0],
+        "version": VERSIONS[3 if stored.eight_bits else 2 if third else 1 if second else 0],
         "layout": LAYOUT,
         **_describe(stored.pruned),
         **dense,
@@ -192,11 +210,13 @@ def check_quantization_config(raw: object) -> Stored:
         raise _foreign("values in an earlier version", _OF_THIRD, f"them in version {VERSIONS[2]}")
     if both := sorted(dense.shapes.keys() & pruned.shapes.keys()):
         raise CheckpointError(f"config.json names {both[0]!r} twice, pruned and dense; fetch the sub-model again")
-    if raw["version"] == VERSIONS[0]:
-        if wrong := sorted({"unmasked", "shortlist"} & raw.keys()):
-            raise _foreign(f"{wrong[0]} in version 1", raw[wrong[0]], "it in version 2")
-        return Stored(pruned, dense)
-    return Stored(pruned, dense, _unmasked(raw.get("unmasked", []), pruned), _trimmed(raw.get("shortlist"), dense))
+    if raw["version"] == VERSIONS[0] and (wrong := sorted({"unmasked", "shortlist"} & raw.keys())):
+        raise _foreign(f"{wrong[0]} in version 1", raw[wrong[0]], "it in version 2")
+    if raw["version"] < VERSIONS[3] and _OF_FOURTH in raw:
+        raise _foreign(f"{_OF_FOURTH} in an earlier version", raw[_OF_FOURTH], f"it in version {VERSIONS[3]}")
+    unmasked = _unmasked(raw.get("unmasked", []), pruned)
+    eight_bits = _eight_bits(raw.get(_OF_FOURTH, []), pruned, unmasked)
+    return Stored(pruned, dense, unmasked, _trimmed(raw.get("shortlist"), dense), eight_bits)
 
 
 def _dense_weights(dense: object, version: int) -> StoredWeights:
@@ -210,6 +230,13 @@ def _unmasked(names: object, pruned: StoredWeights) -> frozenset[str]:
     known = isinstance(names, list) and all(isinstance(name, str) and name in pruned.shapes for name in names)
     if not isinstance(names, list) or not known or (names and not pruned.encoding.bits):
         raise _foreign("unmasked", names, "names of its weights, where these are integers")
+    return frozenset(names)
+
+
+def _eight_bits(names: object, pruned: StoredWeights, unmasked: frozenset[str]) -> frozenset[str]:
+    known = isinstance(names, list) and all(isinstance(name, str) and name in unmasked for name in names)
+    if not isinstance(names, list) or not known or (names and pruned.encoding.bits != 4):
+        raise _foreign(_OF_FOURTH, names, "names of weights without a bitmask, where the others have four bits")
     return frozenset(names)
 
 

@@ -50,7 +50,8 @@ class UnpackBitmask(ConversionOps):  # type: ignore[misc]
         parts = {key.rpartition(".")[2].rstrip("$"): _single(value) for key, value in input_dict.items()}
         shape = tuple(model.get_parameter(full_layer_name).shape)
         stored = self.hf_quantizer.quantization_config.stored
-        if (said := {**stored.pruned.shapes, **stored.dense.shapes}.get(full_layer_name)) != shape:
+        packed = stored.packed(full_layer_name)
+        if (said := None if packed is None else packed.shapes[full_layer_name]) != shape:
             raise CheckpointError(
                 f"packed weight {full_layer_name!r} has shape {said and list(said)} in quantization_config and "
                 f"{list(shape)} in the model; derive or fetch the sub-model again"

@@ -1,5 +1,6 @@
 """What a sub-model is, how it was made, and whether its files are what they were."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ class Inspection:
 
     def _describe_values(self) -> str:
         texts = []
-        for weights, where in ((self.stored.pruned, ""), (self.stored.dense, ", embedding and head ")):
+        wide = self._describe_eight_bits()
+        for weights, where in ((self.stored.pruned, ""), (self.stored.dense, f"{wide}, embedding and head ")):
             groups = f" in groups of {weights.encoding.group_size}" if weights.encoding.bits else ""
             # Floats are dense only in another order of rows.
             known = weights.shapes and (groups or not where)
@@ -100,6 +102,11 @@ class Inspection:
         whole, total = len(self.stored.unmasked), len(self.stored.pruned.shapes)
         some = f", {whole} of {total} weights" if whole < total else ","
         return "".join(texts) + (f"{some} without a bitmask" if whole else "")
+
+    def _describe_eight_bits(self) -> str:
+        pruned, wide = self.stored.pruned, self.stored.eight_bits
+        entries, total = (sum(math.prod(pruned.shapes[name]) for name in names) for names in (wide, pruned.shapes))
+        return f", {entries / total:.1%} in eight bits" if wide else ""
 
     def _describe_vocabulary(self) -> list[str]:
         vocabulary = self.manifest.get("vocabulary")

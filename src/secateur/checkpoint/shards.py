@@ -156,11 +156,13 @@ class Shard:
         """Return the shape of a tensor, unpacked."""
         if name not in self._parts:
             return tuple(self._file.get_slice(name).get_shape())
-        return {**self._stored.pruned.shapes, **self._stored.dense.shapes}[name]
+        packed = self._stored.packed(name)
+        assert packed is not None  # noqa: S101 - only what is known has parts
+        return packed.shapes[name]
 
     def encoding(self, name: str) -> Encoding | None:
         """Return how a tensor is stored as integers; None if it is not."""
-        return _integers(name, self._stored)
+        return self._stored.encoding_of(name)
 
     def float_type(self, name: str) -> str:
         """Return how safetensors calls the type of a tensor that is not stored as integers, `BF16` for one."""
@@ -210,12 +212,6 @@ def part_suffixes(name: str, stored: Stored) -> tuple[str, ...]:
         trimmed = stored.shortlist is not None and stored.shortlist.weight == name
         return (*dense.stored_suffixes(whole.encoding), *([shortlist.SUFFIX] if trimmed else []))
     return bitmask.stored_suffixes(stored.pruned.encoding) if name in stored.pruned.shapes else ()
-
-
-def _integers(name: str, stored: Stored) -> Encoding | None:
-    """Return the encoding of a weight that is stored as integers; None for all others."""
-    found = next((one for one in (stored.dense, stored.pruned) if name in one.shapes), None)
-    return found.encoding if found is not None and found.encoding.bits else None
 
 
 def unpack_parts(name: str, parts: Mapping[str, Tensor], stored: Stored, dtype: torch.dtype) -> Tensor:

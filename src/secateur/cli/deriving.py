@@ -53,6 +53,10 @@ def derive(
     embedding_values: Annotated[
         str | None, typer.Option(help="Embedding and head beside integers: int8, int4 or nl4.", show_default="int8")
     ] = None,
+    eight_bits: Annotated[
+        float | None,
+        typer.Option(help="int4, nl4: share of the weights that has eight bits instead.", show_default="0"),
+    ] = None,
     trim_vocabulary: Annotated[
         bool | None,
         typer.Option(
@@ -103,6 +107,7 @@ def derive(
         "values": values,
         "group_size": group_size,
         "embedding_values": embedding_values,
+        "eight_bits": eight_bits,
         "trim_vocabulary": trim_vocabulary,
         "vocabulary": vocabulary,
         "correction": correction,

@@ -137,6 +137,30 @@ def _least_loss(lost: FloatArray, taken: IntArray, allowed: int) -> IntArray:
     return best
 
 
+def worth_most(divergence: Divergence, more: Mapping[str, int], share: float) -> frozenset[str]:
+    """Return the weights to be rounded less: those of the parts that lose most for each byte that it takes.
+
+    Parameters
+    ----------
+    divergence
+        What the model loses when a part alone is rounded; it is taken to lose nothing of that when it is rounded less.
+    more
+        Bytes that a weight takes more then, by name.
+    share
+        Of all these bytes: how many there are for it.
+    """
+    left = share * sum(more.values())
+    chosen: set[str] = set()
+    taken = {names: sum(more[name] for name in names) for names in divergence}
+    for names in sorted(divergence, key=lambda names: divergence[names] / taken[names], reverse=True):
+        # A part that is too large may have weights that are not.
+        for name in sorted(names, key=more.__getitem__) if taken[names] > left else names:
+            if more[name] <= left:
+                chosen.add(name)
+                left -= more[name]
+    return frozenset(chosen)
+
+
 def least_that_pays(bits: int) -> float:
     """Return the sparsity below which it serves better to leave a part whole, and to remove more from others."""
     return 1 / GROWTH + 1 / bits

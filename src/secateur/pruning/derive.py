@@ -96,6 +96,7 @@ def derive(
     values: str | None = None,
     group_size: int | None = None,
     embedding_values: str | None = None,
+    eight_bits: float | None = None,
     trim_vocabulary: bool = False,
     recovery: CalibrationSet | None = None,
     correction: float | None = None,
@@ -121,7 +122,7 @@ def derive(
     preset
         A name in `secateur.config.PRESETS`; `balanced` without it and without a method.
     sparsity, target_size, keep_quality, method, budget, granularity, propagate, values, group_size, embedding_values,
-    trim_vocabulary, correction, first_token_weight
+    eight_bits, trim_vocabulary, correction, first_token_weight
         See `secateur.config.Recipe`.
     recovery
         Token ids [sequences, length] that the pruned model learns from beside its parent; None: it does not.
@@ -167,6 +168,7 @@ def derive(
             "values": values,
             "group_size": group_size,
             "embedding_values": embedding_values,
+            "eight_bits": eight_bits,
             "trim_vocabulary": trim_vocabulary,
             "vocabulary": None if folder.trimming is None else folder.trimming.record["tokens"],
             "correction": correction,

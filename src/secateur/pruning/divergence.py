@@ -1,8 +1,8 @@
-"""What a model loses when one part of it is pruned: what budgets go by that are measured.
+"""What a model loses when one part of it is pruned or rounded: what budgets go by that are measured.
 
-The parts are what a block consists of, such as its attention and its MLP. Each is pruned alone, with Wanda, which is
-quick and orders the parts as better methods do (docs/results/methods.md); then the whole model runs over a little of
-the calibration text, and its next-token probabilities are held against those of the parent.
+The parts are what a block consists of, such as its attention and its MLP. Each is changed alone, in a way that is quick
+and orders the parts as better ones do, such as Wanda (docs/results/methods.md); then the whole model runs over a little
+of the calibration text, and its next-token probabilities are held against those of the parent.
 """
 
 import inspect
@@ -21,6 +21,8 @@ from secateur.pruning.budgets import Divergence
 from secateur.pruning.masks import Target, zero_removed
 from secateur.pruning.methods import METHODS
 
+Change = Callable[[Tensor, InputStatistics], Tensor]  # from a weight and what its inputs are like to another
+
 TOKENS = 2048  # that run through the model for each part
 POSITIONS = 512  # of them, at which probabilities are compared
 _ROWS = 64  # positions whose probabilities are in float32 at a time
@@ -30,11 +32,11 @@ def measure_divergence(  # noqa: PLR0917
     model: PreTrainedModel,
     blocks: tuple[Block, ...],
     token_ids: Tensor,
-    target: Target,
+    change: Change,
     first_token_weight: float,
     progress: Callable[[int, int], None],
 ) -> Divergence:
-    """Prune each part of a model alone and return the divergence of the model from what it was.
+    """Change each part of a model alone and return the divergence of the model from what it was.
 
     Parameters
     ----------
@@ -44,8 +46,8 @@ def measure_divergence(  # noqa: PLR0917
         Its decoder blocks.
     token_ids
         int64 [samples, sequence_length]: calibration text, of which the first `TOKENS` are taken.
-    target
-        How much each part loses.
+    change
+        Returns what takes the place of a weight, by what its inputs are like.
     first_token_weight
         As how many tokens the first one of each sequence counts in the norms of inputs.
     progress
@@ -54,7 +56,7 @@ def measure_divergence(  # noqa: PLR0917
     Returns
     -------
     Divergence
-        Mean of KL(parent || pruned) over `POSITIONS` positions, in nats, by the names of the weights of each part.
+        Mean of KL(parent || changed) over `POSITIONS` positions, in nats, by the names of the weights of each part.
 
     Raises
     ------
@@ -75,10 +77,10 @@ def measure_divergence(  # noqa: PLR0917
                 following = run_block(module, hidden, calls.get(block.index, 0))
             with starting_at(model, blocks, block.index, hidden):
                 for linears in parts(block):
-                    with _pruned(module, {linear: sums[linear] for linear in linears}, target):
+                    with _changed(module, {linear: sums[linear] for linear in linears}, change):
                         lost = mean_divergence(parent, spread_logits(model, token_ids))
                     if not lost < float("inf"):
-                        raise ModelError(f"{block.name} gives probabilities that are no numbers when it is pruned")
+                        raise ModelError(f"{block.name} gives probabilities that are no numbers when it is changed")
                     found[tuple(map(block.weight_name, linears))] = max(0.0, lost)
             hidden = following
         progress(len(blocks), len(blocks))
@@ -146,12 +148,12 @@ def summing_squares(
 
 
 @contextmanager
-def _pruned(block: nn.Module, statistics: Mapping[str, InputStatistics], target: Target) -> Iterator[None]:
-    """While it is open some weights of the block are pruned with Wanda."""
+def _changed(block: nn.Module, statistics: Mapping[str, InputStatistics], change: Change) -> Iterator[None]:
+    """While it is open others are in the place of some weights of the block."""
     weights = {linear: block.get_parameter(f"{linear}.weight") for linear in statistics}
     originals = {linear: weight.data for linear, weight in weights.items()}
     for linear, weight in weights.items():
-        weight.data = wanda_pruned(weight.data, statistics[linear], target)
+        weight.data = change(weight.data, statistics[linear])
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,7 +45,7 @@ from secateur.models.replay import record_inputs
 from secateur.models.structure import Block, embedding_weights
 from secateur.models.weights import drop_parameters, set_parameters
 from secateur.pruning.activations import Activations
-from secateur.pruning.allotment import allot, measures
+from secateur.pruning.allotment import Allotment, allot, measures
 from secateur.pruning.base import Base
 from secateur.pruning.demand import Demand
 from secateur.pruning.forecast import Forecast, make_forecast
@@ -56,7 +56,7 @@ from secateur.pruning.passes import in_stages
 from secateur.pruning.pupil import open_pupil
 from secateur.pruning.recovery import Pupil, recover
 from secateur.pruning.size import Footprint
-from secateur.pruning.weight import dense_encoding_of, encoding_of, is_unmasked, pack_weight
+from secateur.pruning.weight import dense_encoding_of, encoding_of, pack_weight
 from secateur.pruning.workspace import Workspace
 
 TOKENS_PER_BATCH = 2048  # in one forward pass over the calibration set
@@ -135,8 +135,8 @@ class Job:
         Where blocks run.
     plan
         Everything that decides the bytes of the result, as plain JSON.
-    sparsity
-        Target sparsity of each prunable weight by name; empty until `run` has found it.
+    allotment
+        What each prunable weight gets; of none until `run` has found it.
     """
 
     base: Base
@@ -148,7 +148,7 @@ class Job:
     device: torch.device
     workspace: Workspace
     plan: dict[str, Any]
-    sparsity: Mapping[str, float] = field(default_factory=dict)
+    allotment: Allotment = field(default_factory=lambda: Allotment(FLOATS))
 
     @fast_products()
     def run(self, progress: Progress) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Job:
         self._check_weights(progress)
         timings["check"] = time.perf_counter() - started
         with _seconds(timings, "budget"):
-            ready = replace(self, sparsity=self._allotted(progress))
+            ready = replace(self, allotment=self._allotted(progress))
         ready._prune(progress, timings)
         with _seconds(timings, "finish"):
             manifest = ready._finish()
@@ -168,7 +168,7 @@ class Job:
         self.workspace.publish()
         return log
 
-    def _allotted(self, progress: Progress) -> dict[str, float]:
+    def _allotted(self, progress: Progress) -> Allotment:
         folder = self.workspace.folder
         return allot(
             self.base, self.recipe, self.calibration, folder, self.device, lambda done, n: progress("budget", done, n)
@@ -178,7 +178,7 @@ class Job:
         """Write the shards of all blocks; with recovery, first those that it begins with."""
         folder = self.workspace.folder
         if self.recovery is None:
-            prune_blocks(self._block_run(folder, encoding_of(self.recipe), timings), progress, timings)
+            prune_blocks(self._block_run(folder, self.allotment, timings), progress, timings)
             return
         if self._learnt_is_written():
             return
@@ -197,10 +197,10 @@ class Job:
         whole = self.workspace.folder / PRUNED_WHOLE
         if whole.exists():
             with suppress(CheckpointError):  # a shard that the disk has damaged is made again
-                return open_pupil(self.base, shards, stored, self.recipe, self.device)
-        prune_blocks(self._block_run(folder, FLOATS, timings), progress, timings)
+                return open_pupil(self.base, shards, stored, self._stored(), self.device)
+        prune_blocks(self._block_run(folder, self.allotment.in_floats(), timings), progress, timings)
         whole.touch()
-        return open_pupil(self.base, shards, stored, self.recipe, self.device)
+        return open_pupil(self.base, shards, stored, self._stored(), self.device)
 
     def _learnt_is_written(self) -> bool:
         """Return whether an interrupted run has finished all blocks."""
@@ -213,7 +213,7 @@ class Job:
 
     def _write_learnt(self, block: Block, pupil: Pupil) -> None:
         """Write what a pupil has learnt, in the base's precision or as integers."""
-        path, encoding = self._shard(self.workspace.folder, block), encoding_of(self.recipe)
+        path, allotment = self._shard(self.workspace.folder, block), self.allotment
         packed: dict[str, PackedWeight | DenseWeight] = {}
         others: dict[str, Tensor] = {}
         with self.base.reader as reader:
@@ -224,19 +224,18 @@ class Job:
                     continue
                 pruned = Pruned(weight, pupil.masks[name].cpu())
                 codes = pupil.grids[name].quantised(parameter) if name in pupil.grids else None
-                whole = is_unmasked(encoding, self.sparsity[name])
+                encoding, whole = allotment.encoding_of(name), allotment.is_unmasked(name)
                 packed[name], _ = pack_weight(encoding, name, pruned, codes, weight.dtype, unmasked=whole)
         write_block_shard(path, packed, others)
 
-    def _block_run(self, folder: Path, encoding: Encoding, timings: dict[str, float]) -> BlockRun:
+    def _block_run(self, folder: Path, allotment: Allotment, timings: dict[str, float]) -> BlockRun:
         needs_data = METHODS.get(self.recipe.method).needs != "nothing"
         return BlockRun(
             self.base.model,
             self.base.blocks,
             self.base.reader,
             self.recipe,
-            self.sparsity,
-            encoding,
+            allotment,
             lambda block: self._shard(folder, block),
             self._embed(timings) if needs_data else None,
             self.device,
@@ -332,8 +331,7 @@ class Job:
                 dense_encoding = Encoding(VALUE_NAMES[reader.mapped(head.weight).dtype])
             return Stored(pruned, StoredWeights(dense_encoding, self._outer_shapes((head.weight,))), shortlist=head)
         dense = StoredWeights(dense_encoding_of(self.recipe), self._outer_shapes(embedding_weights(self.base.model)))
-        unmasked = frozenset(name for name, target in self.sparsity.items() if is_unmasked(encoding, target))
-        return Stored(StoredWeights(encoding, shapes), dense, unmasked, head)
+        return replace(self.allotment.stored(shapes), dense=dense, shortlist=head)
 
     def _outer_shapes(self, wanted: tuple[str, ...]) -> dict[str, tuple[int, int]]:
         shapes = {n: self.base.model.get_parameter(n).shape for n in self.base.outer_names() if n in wanted}

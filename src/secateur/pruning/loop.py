@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from secateur.calibration.statistics import InputStatistics
 from secateur.checkpoint.bitmask import PackedWeight
 from secateur.checkpoint.dense import DenseWeight
-from secateur.checkpoint.format import Encoding, Stored, StoredWeights
 from secateur.checkpoint.shards import read_shard, write_block_shard
 from secateur.config import Recipe
 from secateur.errors import CheckpointError, ModelError
@@ -29,11 +28,12 @@ from secateur.files import release_freed_memory
 from secateur.models.structure import Block
 from secateur.models.weights import WeightReader, drop_parameters, set_parameters
 from secateur.pruning.activations import Activations
+from secateur.pruning.allotment import Allotment
 from secateur.pruning.equalise import Inputs, Source, find_source
 from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
 from secateur.pruning.passes import Feed, NoPasses, Passes, StagedPasses, WholePasses, in_stages
-from secateur.pruning.weight import encoding_of, is_unmasked, prune_weight
+from secateur.pruning.weight import encoding_of, prune_weight
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,10 +44,8 @@ class BlockRun:
 
     Attributes
     ----------
-    sparsity
-        Target sparsity by weight name, from the budget.
-    encoding
-        How kept weights are stored.
+    allotment
+        Sparsity and encoding of each weight.
     shard
         Gives the file of a block's shard.
     activations
@@ -62,8 +60,7 @@ class BlockRun:
     blocks: tuple[Block, ...]
     reader: WeightReader
     recipe: Recipe
-    sparsity: Mapping[str, float]
-    encoding: Encoding
+    allotment: Allotment
     shard: Callable[[Block], Path]
     activations: Activations | None
     device: torch.device
@@ -185,7 +182,7 @@ def _shared_inputs(
         if key not in run.sources:
             run.sources[key] = find_source(module, group, probe)
         shared = Inputs(group, statistics[group[0]])
-        sparsity = run.sparsity[block.weight_name(group[0])]
+        sparsity = run.allotment.sparsity[block.weight_name(group[0])]
         found.append(shared.equalised(module, run.sources[key], run.recipe.group_size or 0, sparsity))
     return tuple(found)
 
@@ -201,9 +198,10 @@ def _prune_weights(
         weight = module.get_parameter(f"{linear}.weight")
         # crc32 is a stable way to give each weight its own random numbers; nothing depends on it being strong.
         seed = run.recipe.seed ^ zlib.crc32(name.encode())
-        target = Target(run.sparsity[name], run.recipe.granularity, seed, run.recipe.correction)
+        target = Target(run.allotment.sparsity[name], run.recipe.granularity, seed, run.recipe.correction)
         original = shared.louder(originals[name]).to(run.device)
-        packed, kept = prune_weight(method, target, run.encoding, name, original, shared.statistics, weight.dtype)
+        encoding, statistics = run.allotment.encoding_of(name), shared.statistics
+        packed, kept = prune_weight(method, target, encoding, name, original, statistics, weight.dtype)
         # A parameter of its own: the old one is the original, which the parent is still run with.
         set_parameters(module, {f"{linear}.weight": kept.to(run.device, weight.dtype)})
         return name, packed
@@ -222,8 +220,7 @@ def _restore(run: BlockRun, block: Block, path: Path, timer: "_Timer") -> None:
         shapes = {block.weight_name(n): tuple(module.get_parameter(f"{n}.weight").shape) for n in block.prunable}
         with run.reader as reader:
             dtype = reader.mapped(block.weight_name(block.prunable[0])).dtype
-        unmasked = frozenset(name for name in shapes if is_unmasked(run.encoding, run.sparsity[name]))
-        tensors = read_shard(path, Stored(StoredWeights(run.encoding, shapes), unmasked=unmasked), dtype)
+        tensors = read_shard(path, run.allotment.stored(shapes), dtype)
         if run.activations is None:
             return
         feed = _feed(run, block, module)

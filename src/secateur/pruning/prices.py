@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.checkpoint.format import DENSE_ENCODINGS, INTEGER_BITS
-from secateur.checkpoint.quantise import dequantise, quantise
-from secateur.config import Recipe
+from secateur.config import FOUR_BITS, Recipe
 from secateur.errors import ModelError
 from secateur.files import release_freed_memory
 from secateur.models.products import fast_products
@@ -28,6 +27,7 @@ from secateur.pruning.divergence import TOKENS, mean_divergence, spread_logits, 
 from secateur.pruning.masks import Target
 from secateur.pruning.method import Method
 from secateur.pruning.methods import METHODS
+from secateur.pruning.weight import rounded
 
 _HALF = 0.5
 # Over the square root of what half of the weights cost with Wanda (where that is twice as much, these are hardly more):
@@ -40,6 +40,8 @@ _LEAST_MEASURED = 0.2
 _GROWTH, _WANDAS_GROWTH = 7.0, 8.5
 # The same of four bits by their groups: what a scale for more or fewer inputs costs, beside that for 64.
 _GROUPS = {32: 0.75, 64: 1.0, 128: 1.3}
+# What four bits still cost where some weights have eight, those that lost most: a power of the share of the others.
+_EIGHT_BITS_FIRST = 2.5
 _BY_LOSS = ("base", "int8", "nl4", "int4")
 
 
@@ -73,7 +75,10 @@ class Prices:
     @staticmethod
     def _rounding(recipe: Recipe, method: Method) -> float:
         cost = _ROUNDING[recipe.values][0 if method.needs_gram else 1]
-        return cost * _GROUPS[recipe.group_size] if _in_four_bits(recipe) and recipe.group_size else cost
+        if not _in_four_bits(recipe):
+            return cost
+        still: float = (1 - recipe.eight_bits) ** _EIGHT_BITS_FIRST
+        return cost * _GROUPS.get(recipe.group_size or 0, 1.0) * still
 
 
 def cheapest(recipes: Sequence[Recipe], measure: Callable[[], Prices]) -> Recipe:
@@ -87,14 +92,14 @@ def _loses_less(one: Recipe, other: Recipe) -> bool:
 
     def lost(recipe: Recipe) -> tuple[float, ...]:
         groups = recipe.group_size or 0 if _in_four_bits(recipe) else 0
-        return recipe.sparsity, _BY_LOSS.index(recipe.values), _has_small_embedding(recipe), groups
+        return recipe.sparsity, _BY_LOSS.index(recipe.values), _has_small_embedding(recipe), groups, -recipe.eight_bits
 
     mine, theirs = lost(one), lost(other)
     return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
 def _in_four_bits(recipe: Recipe) -> bool:
-    return INTEGER_BITS.get(recipe.values) == 4
+    return recipe.values in FOUR_BITS
 
 
 def measure_prices(
@@ -175,11 +180,8 @@ def _has_small_embedding(recipe: Recipe) -> bool:
 
 def round_embedding(model: PreTrainedModel, values: str = "nl4") -> PreTrainedModel:
     """Give embedding and head of a model the values that they have when they are stored so; return the model."""
-    encoding = DENSE_ENCODINGS[values]
     for weight in {id(one): one for one in map(model.get_parameter, embedding_weights(model))}.values():
-        codes = quantise(weight.data, None, None, values=encoding.values, group_size=encoding.group_size)
-        rounded = dequantise(codes, values=encoding.values, group_size=encoding.group_size, dtype=weight.dtype)
-        weight.data = rounded.to(weight.device)
+        weight.data = rounded(weight.data, DENSE_ENCODINGS[values])
     return model
 
 

@@ -6,23 +6,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoint.format import Encoding, Stored
-from secateur.checkpoint.quantise import dequantise, quantise
+from secateur.checkpoint.format import Stored
+from secateur.checkpoint.quantise import quantise
 from secateur.checkpoint.shards import open_shard
-from secateur.config import Recipe
-from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
 from secateur.pruning.recovery import Grid, Pupil
-from secateur.pruning.weight import dense_encoding_of, encoding_of
+from secateur.pruning.weight import rounded
 
 
-def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, recipe: Recipe, device: torch.device) -> Pupil:
-    """Load a base model, and beside it the same with the blocks of pruned shards; `recipe` says what it is to become.
+def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, future: Stored, device: torch.device) -> Pupil:
+    """Load a base model, and beside it the same with the blocks of pruned shards; `future` says what it is to become.
 
     Both run in the precision of the base's blocks; float16, whose gradients would vanish, as bfloat16. Where values are
     to be integers, embedding and head of the pruned model are rounded as they will be.
     """
-    tensors, dtype, encoding = base.tensors(device), base.computing_dtype(), encoding_of(recipe)
+    tensors, dtype = base.tensors(device), base.computing_dtype()
     blocks: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     grids: dict[str, Grid] = {}
@@ -34,22 +32,13 @@ def open_pupil(base: Base, shards: Iterable[Path], stored: Stored, recipe: Recip
                 if mask is None:
                     continue
                 masks[name] = mask.to(device)
-                if encoding.bits:
+                encoding = future.encoding_of(name)
+                if encoding is not None:
                     found = quantise(weight, mask, None, values=encoding.values, group_size=encoding.group_size)
                     grids[name] = Grid(found.scales.to(device), masks[name], encoding)
     outside = {name: tensors[name] for name in base.outer_names()}
-    if encoding.bits:  # embedding and head will be integers too
-        outside |= {
-            name: _rounded(outside[name], dense_encoding_of(recipe))
-            for name in embedding_weights(base.model)
-            if name in outside
-        }
+    if future.dense.encoding.bits:  # embedding and head will be integers too
+        outside |= {name: rounded(outside[name], future.dense.encoding) for name in future.dense.shapes}
     model = base.loaded(outside | {name: one.to(dtype, copy=True) for name, one in blocks.items()})
     weights = {name: nn.Parameter(one.float()) for name, one in blocks.items()}
     return Pupil(model, base.loaded(tensors), weights, masks, grids)
-
-
-def _rounded(weight: Tensor, encoding: Encoding) -> Tensor:
-    values, group_size = encoding.values, encoding.group_size
-    rounded = quantise(weight, None, None, values=values, group_size=group_size)
-    return dequantise(rounded, values=values, group_size=group_size, dtype=weight.dtype).to(weight.device)

@@ -1,5 +1,6 @@
 """How large a sub-model will be, and the ways in which it can be as small as was asked for."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -7,10 +8,10 @@ import torch
 
 from secateur.checkpoint.bitmask import ALIGNMENT, bitmask_width
 from secateur.checkpoint.dense import stored_width
-from secateur.checkpoint.format import Encoding
+from secateur.checkpoint.format import EIGHT_BIT_ENCODING, Encoding
 from secateur.checkpoint.quantise import n_groups
 from secateur.checkpoint.submodel import carried_files
-from secateur.config import EmbeddingValues, Granularity, GroupSize, Recipe, Values
+from secateur.config import FOUR_BITS, EmbeddingValues, Granularity, GroupSize, Recipe, Values
 from secateur.errors import ConfigError
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
@@ -30,6 +31,9 @@ _OFFSET_BYTES, _SCALE_BYTES, _TOKEN_BYTES = 8, 2, 4
 # Of a tensor: its place in a header and in the index, its padding, and its lines in the manifest.
 _TENSOR_BYTES, _OTHER_BYTES = 512, 65_536
 _STEP = 1e-4
+# Of the share of weights with eight bits: what is less is not worth the time to find out which, and from more it is not
+# far to all of them.
+_LEAST_EIGHT_BITS, _MOST_EIGHT_BITS = 0.02, 0.95
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,18 @@ class Footprint:
             weight_bytes(shape, encoding, itemsize, recipe.sparsity, recipe.granularity)
             for shape, itemsize in self.pruned
         )
+        if recipe.eight_bits:
+            total += round(recipe.eight_bits * self.eight_bits(recipe))
         total += self.outer(recipe) + sum(shape.numel() * itemsize for shape, itemsize in self.others)
         if recipe.trim_vocabulary:
             total += _TOKEN_BYTES * sum(shape[0] for shape, _ in self.whole)
         tensors = 4 * len(self.pruned) + 2 * len(self.whole) + len(self.others)
         return total + tensors * _TENSOR_BYTES + _OTHER_BYTES + self.carried
+
+    def eight_bits(self, recipe: Recipe) -> int:
+        """Return the bytes that eight bits for all prunable weights take more than four."""
+        encoding = encoding_of(recipe)
+        return sum(eight_bits_bytes(shape) - _whole_bytes(shape, encoding) for shape, _ in self.pruned)
 
     def outer(self, recipe: Recipe) -> int:
         """Return the bytes of embedding and head."""
@@ -90,6 +101,7 @@ def ways(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
     """Return recipes that are as small as `target_size` allows: for each kind of values, and of an embedding, one.
 
     What the recipe says stays; of what it leaves open each kind is there, with the lowest sparsity that is allowed.
+    Where four bits leave bytes over although nothing is removed, some weights have eight.
 
     Raises
     ------
@@ -103,7 +115,7 @@ def ways(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
     for tried in _kinds(recipe):
         sparsity = _lowest_sparsity(footprint, tried, target, HIGHEST)
         if sparsity is not None:
-            found.append(tried.model_copy(update={"sparsity": sparsity}))
+            found.append(_with_eight_bits(footprint, tried.model_copy(update={"sparsity": sparsity}), target))
         least = footprint.folder(tried.model_copy(update={"sparsity": HIGHEST}))
         if not smallest[0] or least < smallest[1]:
             smallest = (_described(tried), least)
@@ -150,6 +162,17 @@ def _lowest_sparsity(footprint: Footprint, recipe: Recipe, target: int, highest:
     return round(high * _STEP, 4)
 
 
+def _with_eight_bits(footprint: Footprint, recipe: Recipe, target: int) -> Recipe:
+    """Return the recipe with as many weights in eight bits as the bytes that it leaves are enough for."""
+    if recipe.sparsity or recipe.values not in FOUR_BITS:
+        return recipe
+    left = target - footprint.folder(recipe)
+    share = math.floor(left / footprint.eight_bits(recipe) / _STEP) * _STEP
+    if share < _LEAST_EIGHT_BITS:
+        return recipe
+    return recipe.model_copy(update={"eight_bits": round(min(share, _MOST_EIGHT_BITS), 4)})
+
+
 def weight_bytes(
     shape: Sequence[int], encoding: Encoding, itemsize: int, sparsity: float, granularity: Granularity
 ) -> int:
@@ -167,6 +190,11 @@ def weight_bytes(
         kept = bits * (rows * columns - round(sparsity * rows * columns)) // 8 + rows * (bits % 8 > 0)
     padded = -(-kept // ALIGNMENT) * ALIGNMENT
     return rows * bitmask_width(columns) + padded + _OFFSET_BYTES * (rows + 1) + _scales_bytes(shape, encoding)
+
+
+def eight_bits_bytes(shape: Sequence[int]) -> int:
+    """Return the bytes of a prunable weight that has eight bits where others have four."""
+    return _whole_bytes(shape, EIGHT_BIT_ENCODING)
 
 
 def _whole_bytes(shape: Sequence[int], encoding: Encoding) -> int:

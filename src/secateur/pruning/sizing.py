@@ -64,4 +64,5 @@ def _described(recipe: Recipe) -> str:
         return f"values base, sparsity {recipe.sparsity}"
     groups = f" in groups of {recipe.group_size}"
     size = "as many bytes as with sparsity" if recipe.budget == "packed" and recipe.sparsity else "sparsity"
-    return f"values {recipe.values}{groups}, embedding {recipe.embedding_values}, {size} {recipe.sparsity}"
+    wide = f", {recipe.eight_bits:.1%} in eight bits" if recipe.eight_bits else ""
+    return f"values {recipe.values}{groups}{wide}, embedding {recipe.embedding_values}, {size} {recipe.sparsity}"

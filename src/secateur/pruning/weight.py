@@ -7,7 +7,7 @@ from secateur.calibration.statistics import InputStatistics
 from secateur.checkpoint.bitmask import PackedWeight, pack, pack_integers, unpack
 from secateur.checkpoint.dense import DenseWeight, pack_dense, unpack_dense
 from secateur.checkpoint.format import DENSE_ENCODINGS, FLOATS, Encoding
-from secateur.checkpoint.quantise import Quantised, quantise
+from secateur.checkpoint.quantise import Quantised, dequantise, quantise
 from secateur.config import Recipe
 from secateur.pruning.layer_problem import LayerProblem
 from secateur.pruning.masks import Target, zero_removed
@@ -45,6 +45,16 @@ def encoding_of(recipe: Recipe) -> Encoding:
 def dense_encoding_of(recipe: Recipe) -> Encoding:
     """Return how embedding and head are stored where kept weights are integers."""
     return DENSE_ENCODINGS[recipe.embedding_values]
+
+
+def rounded(weight: Tensor, encoding: Encoding, importance: Tensor | None = None) -> Tensor:
+    """Return a weight as a reader will have it, in its own precision, when nothing is removed and no code makes up.
+
+    `importance` [in_features] is how much an error at each input counts.
+    """
+    values, group_size = encoding.values, encoding.group_size
+    codes = quantise(weight, None, importance, values=values, group_size=group_size)
+    return dequantise(codes, values=values, group_size=group_size, dtype=weight.dtype).to(weight.device)
 
 
 def is_unmasked(encoding: Encoding, sparsity: float) -> bool:

@@ -36,6 +36,7 @@ _LATER_OPTIONS = {
     "values": "base",
     "group_size": None,
     "embedding_values": "int8",
+    "eight_bits": 0.0,
     "trim_vocabulary": False,
     "vocabulary": None,
     "recover": 0,

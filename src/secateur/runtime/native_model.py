@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.checkpoint.format import Encoding, Stored, StoredWeights
+from secateur.checkpoint.format import Stored
 from secateur.checkpoint.shortlist import SUFFIX, Shortlist, checked_shortlist
 from secateur.errors import CheckpointError, ConfigError, ModelError
 from secateur.runtime.architecture import Architecture, NotNativeError
@@ -155,9 +155,6 @@ class NativeModel:
         if stored:
             stored.refuse_twice(self._tensors)
         self._stored = stored
-        self._pruned = stored.pruned if stored else StoredWeights(Encoding("none"))
-        self._dense = stored.dense if stored else StoredWeights(Encoding("none"))
-        self._unmasked = stored.unmasked if stored else frozenset[str]()
         self._kept: list[Any] = []  # what the engine points to
         a = architecture
         blocks = (_Block * a.blocks)(*(self._block(index) for index in range(a.blocks)))
@@ -294,7 +291,7 @@ class NativeModel:
 
     def _matrix(self, name: str, rows: int, cols: int) -> NativeWeight:
         """Return a weight as the kernels read it, however it is stored."""
-        stored = next((one for one in (self._pruned, self._dense) if name in one.shapes), None)
+        stored = self._stored.packed(name) if self._stored else None
         if stored is None:
             tensor = self._tensor(name, lambda tensor: tensor.array.shape == (rows, cols))
             weight = NativeWeight(self._float_kind(name, tensor), (rows, cols), tensor.array.reshape(-1), name=name)
@@ -304,8 +301,7 @@ class NativeModel:
             values = self._tensor(f"{name}.values")
             encoding = stored.encoding
             kind = encoding.values if encoding.bits else self._float_kind(name, values)
-            masked = stored is self._pruned and name not in self._unmasked
-            suffixes = ("bitmask", "row_offsets") if masked else ()
+            suffixes = () if self._stored and self._stored.whole(name) else ("bitmask", "row_offsets")
             parts = {suffix: self._tensor(f"{name}.{suffix}").array for suffix in suffixes}
             if encoding.bits:
                 parts["scales"] = self._tensor(f"{name}.scales").array
