@@ -107,7 +107,7 @@ def allot(  # noqa: PLR0917
 
     def bits() -> dict[str, int]:
         more = {name: eight_bits_bytes(shape) - size(shape, 0.0) for name, shape in shapes.items()}
-        chosen = worth_most(measured(partial(_rounded, encoding=encoding)), more, recipe.eight_bits)
+        chosen = worth_most(measured(partial(rounded_by_loudness, encoding=encoding)), more, recipe.eight_bits)
         return {name: 8 if name in chosen else 4 for name in shapes}
 
     path = folder / BUDGET
@@ -138,7 +138,8 @@ def _divergence(  # noqa: PLR0917
     return found
 
 
-def _rounded(weight: Tensor, statistics: InputStatistics, encoding: Encoding) -> Tensor:
+def rounded_by_loudness(weight: Tensor, statistics: InputStatistics, encoding: Encoding) -> Tensor:
+    """Return a weight rounded by itself, where errors count by how loud inputs are: what is measured to choose."""
     return rounded(weight, encoding, statistics.loudness())
 
 

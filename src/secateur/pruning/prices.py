@@ -41,7 +41,7 @@ _GROWTH, _WANDAS_GROWTH = 7.0, 8.5
 # The same of four bits by their groups: what a scale for more or fewer inputs costs, beside that for 64.
 _GROUPS = {32: 0.75, 64: 1.0, 128: 1.3}
 # What four bits still cost where some weights have eight, those that lost most: a power of the share of the others.
-_EIGHT_BITS_FIRST = 2.5
+_EIGHT_BITS_FIRST = 2.0
 _BY_LOSS = ("base", "int8", "nl4", "int4")
 
 
