@@ -23,7 +23,7 @@ from secateur.pruning import forecast
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import GROWTH
 from secateur.pruning.quality import SAMPLES, Judge, allowed_loss, kept, unseen_text
-from secateur.pruning.search import propose, small_embedding_pays
+from secateur.pruning.search import propose, propose_eight_bits, small_embedding_pays
 from secateur.pruning.size import Footprint
 from secateur.pruning.texts import Texts
 from secateur.pruning.trials import TRIALS, Trial, search_folder
@@ -145,6 +145,24 @@ def test_the_search_ends_near_the_highest_good_sparsity(at_half, growth, allowed
         assert max(good) <= smallest + 0.03
 
 
+@given(st.floats(1e-4, 0.5), st.floats(0.3, 6), st.floats(0.001, 0.5))
+def test_the_search_ends_near_the_least_share_in_eight_bits(rounding, power, allowed):
+    def loss(share):
+        return rounding * (1 - share) ** power
+
+    trials = [Trial("nl4", 0.0, rounding)]
+    while (share := propose_eight_bits(trials, allowed)) is not None:
+        trials.append(Trial("nl4", 0.0, loss(share), eight_bits=share))
+        assert len(trials) < 14
+    exact = 0 if rounding <= allowed else 1 - (allowed / rounding) ** (1 / power)
+    good = [one.eight_bits for one in trials if one.loss <= allowed]
+    if exact <= 0.95:
+        assert exact - 1e-4 <= min(good) <= exact + 0.0502
+    else:
+        assert not good or min(good) == 0.95
+    assert len({one.eight_bits for one in trials}) == len(trials)
+
+
 def test_a_sub_model_that_loses_nothing_ends_at_the_highest_sparsity():
     assert max(trial.sparsity for trial in simulated(lambda _: -0.01, 0.1)) == pytest.approx(0.9)
 
@@ -174,11 +192,16 @@ def test_the_result_keeps_the_quality_and_is_a_plain_derivation(base, tmp_path):
 
 @pytest.fixture
 def fake_judge(monkeypatch):
-    """The parent has 1 nat per token; nl4 loses 0.05 and int8 0.001, and all 0.1 for each unit of sparsity."""
+    """The parent has 1 nat per token; nl4 loses 0.05 and int8 0.001, and all 0.1 for each unit of sparsity.
+
+    With eight bits for a share s of the weights nl4 loses 0.05 (1 - s^2): less than the search expects to save.
+    """
 
     def nats_of(_, folder):
         manifest = read_json(folder / MANIFEST)
-        return 1 + {"nl4": 0.05, "int8": 0.001}[manifest["values"]] + 0.1 * manifest["recipe"]["sparsity"]
+        recipe = manifest["recipe"]
+        rounding = {"nl4": 0.05 * (1 - recipe["eight_bits"] ** 2), "int8": 0.001}[manifest["values"]]
+        return 1 + rounding + 0.1 * recipe["sparsity"]
 
     monkeypatch.setattr(Judge, "parent", lambda _: 1.0)
     monkeypatch.setattr(Judge, "small_embedding", lambda _: 2.0)
@@ -190,18 +213,23 @@ def test_values_that_are_left_open_are_the_smallest_that_keep_it(base, tmp_path)
     easy = derive_tiny(base, tmp_path / "easy", keep_quality=1 / 1.09)
     assert easy.manifest["values"] == "nl4"
     assert easy.manifest["recipe"]["sparsity"] == pytest.approx(0.4, abs=0.03)
+    assert easy.manifest["recipe"]["eight_bits"] == 0
     middle = derive_tiny(base, tmp_path / "middle", keep_quality=1 / 1.04)
-    assert middle.manifest["values"] == "int8"
-    assert middle.manifest["recipe"]["sparsity"] == pytest.approx(0.39, abs=0.03)
+    assert (middle.manifest["values"], middle.manifest["sparsity"]) == ("nl4", 0)
+    assert middle.manifest["recipe"]["eight_bits"] == pytest.approx(math.sqrt(0.2), abs=0.05)
+    assert 1 + 0.05 * (1 - middle.manifest["recipe"]["eight_bits"] ** 2) <= 1.04
+    high = derive_tiny(base, tmp_path / "high", keep_quality=1 / 1.004)
+    assert high.manifest["values"] == "int8"
+    assert {one["eight_bits"] for one in high.log["keep_quality"]["trials"]} > {0.0, 0.95}
     with pytest.raises(ConfigError, match=r"cannot be kept: int8, embedding int8, with 0.0% .* --resume"):
         derive_tiny(base, tmp_path / "hard", keep_quality=0.9999)
     # What was measured serves another quality, and what comes out is what a search from the beginning finds.
     done = derive_tiny(base, tmp_path / "hard", keep_quality=1 / 1.02, resume=True)
     fresh = derive_tiny(base, tmp_path / "fresh", keep_quality=1 / 1.02)
-    assert done.manifest["values"] == fresh.manifest["values"] == "int8"
-    sparsities = [one.manifest["recipe"]["sparsity"] for one in (done, fresh)]
-    assert sparsities == pytest.approx([0.19, 0.19], abs=0.03)
-    tried = [(one["values"], one["sparsity"]) for one in done.log["keep_quality"]["trials"]]
+    assert done.manifest["values"] == fresh.manifest["values"] == "nl4"
+    shares = [one.manifest["recipe"]["eight_bits"] for one in (done, fresh)]
+    assert shares == pytest.approx([math.sqrt(0.6)] * 2, abs=0.06)
+    tried = [(one["values"], one["sparsity"], one["eight_bits"]) for one in done.log["keep_quality"]["trials"]]
     assert len(set(tried)) == len(tried)
     assert not search_folder(tmp_path / "hard").exists()
 

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from secateur.checkpoint.format import INTEGER_BITS
-from secateur.config import DEFAULT_GROUP_SIZES, EmbeddingValues, Recipe, Values
+from secateur.config import DEFAULT_GROUP_SIZES, FOUR_BITS, EmbeddingValues, Recipe, Values
 from secateur.errors import ConfigError
 from secateur.pruning.budgets import GROWTH
 from secateur.pruning.quality import Judge, allowed_loss, kept
@@ -20,6 +20,8 @@ _AIM = 0.97
 _LEAST_LOSS = 1e-4  # in nats; what is less is noise, and has no logarithm
 # Where the values are left open: from the smallest, to which pruning then adds, to those that lose nothing.
 _KINDS: tuple[Values, ...] = ("nl4", "int8")
+# Of the share of weights with eight bits: how near to the least that is good, and the most that is tried.
+_NEAR, _MOST = 0.05, 0.95
 
 
 def propose(trials: Sequence[Trial], values: Values, allowed: float) -> float | None:
@@ -67,6 +69,25 @@ def _between(good: Trial, bad: Trial, aim: float) -> float | None:
         return None
     share = (aim - _logarithm(good)) / rise if rise > 0 else 0.5
     return round(good.sparsity + min(max(share, 0.2), 0.8) * gap, 4)
+
+
+def propose_eight_bits(trials: Sequence[Trial], allowed: float) -> float | None:
+    """Return the share of weights to give eight bits next, or None when the trials have said all.
+
+    None of them removes anything. A share s is taken to leave (1 - s)^2 of what four bits lose: those that lose most are
+    the first to have eight. Where that was too hopeful, steps become longer with the number of trials.
+    """
+    bad = max((one for one in trials if one.loss > allowed), key=lambda trial: trial.eight_bits, default=None)
+    if bad is None:
+        return None
+    good = best_of(trials, allowed)
+    highest = _MOST if good is None else good.eight_bits
+    gap = highest - bad.eight_bits
+    if gap <= (0 if good is None else _NEAR):
+        return None
+    wish = 1 - (1 - bad.eight_bits) * math.sqrt(max(_AIM * allowed, _LEAST_LOSS) / bad.loss) - bad.eight_bits
+    least, most = (min(len(trials) * _NEAR, gap), gap) if good is None else (0.2 * gap, 0.8 * gap)
+    return round(bad.eight_bits + min(max(wish, least), most), 4)
 
 
 def _logarithm(trial: Trial) -> float:
@@ -130,10 +151,12 @@ class Search:
             for embedding in self._embeddings(values, nats, allowed):
                 if (best := self._best(values, embedding, nats, allowed)) is not None:
                     return best
+            if values in FOUR_BITS and (best := self._mixed(values, embedding, nats, allowed)) is not None:
+                return best
         self.trials.keep_only(None)
         most = min(self.trials.done, key=lambda trial: trial.loss)
         raise ConfigError(
-            f"a quality of {self.quality} cannot be kept: {_described(most.values, most.embedding, most.sparsity)} "
+            f"a quality of {self.quality} cannot be kept: {_described(most)} "
             f"keeps {kept(nats, most.loss):.4f}; ask for less with --resume, which uses what was measured, "
             f"or delete {str(self.trials.folder)!r}"
         )
@@ -157,26 +180,46 @@ class Search:
         """Try sparsities with these values until there is nothing to gain; return the best trial that is good."""
         trials = self.trials
         while (sparsity := propose(trials.of(values, embedding), values, allowed)) is not None:
-            loss = self.judge.submodel(self._derived(values, embedding, sparsity)) - nats
-            trials.done.append(Trial(values, sparsity, loss, embedding))
-            trials.save()
+            self._try(Trial(values, sparsity, 0.0, embedding), nats)
             trials.keep_only(best_of(trials.of(values, embedding), allowed))
-            said = _described(values, embedding, sparsity)
-            self.say(f"{said} keeps {kept(nats, loss):.4f}; {self.quality} is wanted")
-        best = best_of(trials.of(values, embedding), allowed)
-        if best is not None and not trials.place_of(best).exists():  # it was measured for another quality
-            self._derived(values, embedding, best.sparsity)
+        return self._there(best_of(trials.of(values, embedding), allowed))
+
+    def _mixed(self, values: Values, embedding: EmbeddingValues, nats: float, allowed: float) -> Trial | None:
+        """Try eight bits for some of the weights where four lose too much with nothing removed, as `_best` does."""
+        trials = self.trials
+        while (share := propose_eight_bits(trials.unpruned(values, embedding), allowed)) is not None:
+            self._try(Trial(values, 0.0, 0.0, embedding, share), nats)
+            trials.keep_only(best_of(trials.unpruned(values, embedding), allowed))
+        return self._there(best_of(trials.unpruned(values, embedding), allowed))
+
+    def _try(self, trial: Trial, nats: float) -> None:
+        """Derive and measure; what the trial says of its loss does not count."""
+        loss = self.judge.submodel(self._derived(trial)) - nats
+        self.trials.done.append(replace(trial, loss=loss))
+        self.trials.save()
+        self.say(f"{_described(trial)} keeps {kept(nats, loss):.4f}; {self.quality} is wanted")
+
+    def _there(self, best: Trial | None) -> Trial | None:
+        """Return the best trial, derived again if it was measured for another quality."""
+        if best is not None and not self.trials.place_of(best).exists():
+            self._derived(best)
         return best
 
-    def _derived(self, values: Values, embedding: EmbeddingValues, sparsity: float) -> Path:
+    def _derived(self, trial: Trial) -> Path:
         is_open = "values" in searched(self.recipe)
-        group_size = DEFAULT_GROUP_SIZES.get(values) if is_open else self.recipe.group_size
-        place = self.trials.place(values, embedding, sparsity)
-        update = {"values": values, "group_size": group_size, "embedding_values": embedding, "sparsity": sparsity}
+        update = {
+            "values": trial.values,
+            "group_size": DEFAULT_GROUP_SIZES.get(trial.values) if is_open else self.recipe.group_size,
+            "embedding_values": trial.embedding,
+            "sparsity": trial.sparsity,
+            "eight_bits": trial.eight_bits,
+        }
+        place = self.trials.place_of(trial)
         self.derive(self.recipe.model_copy(update=update), place)
         return place
 
 
-def _described(values: Values, embedding: EmbeddingValues, sparsity: float) -> str:
-    beside = "" if values == "base" else f", embedding {embedding},"
-    return f"{values}{beside} with {sparsity:.1%} removed"
+def _described(trial: Trial) -> str:
+    beside = "" if trial.values == "base" else f", embedding {trial.embedding},"
+    how = f"{trial.eight_bits:.1%} in eight bits" if trial.eight_bits else f"{trial.sparsity:.1%} removed"
+    return f"{trial.values}{beside} with {how}"

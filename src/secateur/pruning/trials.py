@@ -20,7 +20,7 @@ from secateur.pruning.workspace import check_output, first_difference, locked
 
 TRIALS = "trials.json"
 _OWN = re.compile(
-    rf"(base|int8|int4|nl4)(-int8|-int4|-nl4)?-\d\.\d{{4}}(\.partial|\.deleted)?"
+    rf"(base|int8|int4|nl4)(-int8|-int4|-nl4)?-\d\.\d{{4}}(-\d\.\d{{4}})?(\.partial|\.deleted)?"
     rf"|({re.escape(TRIALS)}|{re.escape(LOCK)})(\.partial-.*)?"
 )
 
@@ -37,12 +37,15 @@ class Trial:
         Nats per token that it loses beside its parent; below 0 when it is better.
     embedding
         The values of embedding and head where they are integers.
+    eight_bits
+        The share of the weights that had eight bits where the others had four.
     """
 
     values: Values
     sparsity: float
     loss: float
     embedding: EmbeddingValues = "int8"
+    eight_bits: float = 0.0
 
 
 class Trials:
@@ -94,16 +97,17 @@ class Trials:
         atomic_write_bytes(self.folder / TRIALS, dump_json(content))
 
     def of(self, values: Values, embedding: EmbeddingValues) -> list[Trial]:
-        """Return the trials of this kind."""
-        return [trial for trial in self.done if (trial.values, trial.embedding) == (values, embedding)]
+        """Return the trials of this kind, all of whose weights have the same bits."""
+        return [one for one in self.done if (one.values, one.embedding, one.eight_bits) == (values, embedding, 0)]
 
-    def place(self, values: Values, embedding: EmbeddingValues, sparsity: float) -> Path:
-        """Return the folder of a trial."""
-        return self.folder / f"{values}-{embedding}-{sparsity:.4f}"
+    def unpruned(self, values: Values, embedding: EmbeddingValues) -> list[Trial]:
+        """Return the trials of this kind that remove nothing, whatever share of the weights has eight bits."""
+        return [one for one in self.done if (one.values, one.embedding, one.sparsity) == (values, embedding, 0)]
 
     def place_of(self, trial: Trial) -> Path:
-        """Return the folder of a trial that is done."""
-        return self.place(trial.values, trial.embedding, trial.sparsity)
+        """Return the folder of a trial, whatever it loses."""
+        share = f"-{trial.eight_bits:.4f}" if trial.eight_bits else ""
+        return self.folder / f"{trial.values}-{trial.embedding}-{trial.sparsity:.4f}{share}"
 
     def keep_only(self, best: Trial | None) -> None:
         """Delete the folders of all other trials."""
@@ -177,7 +181,8 @@ def check_kept(finished: Path, recipe: Recipe, quality: float) -> Recipe:
     try:
         log, found = read_json(finished / LOG)["keep_quality"], read_json(finished / MANIFEST)["recipe"]
         allowed = allowed_loss(log["parent_nats"], quality)
-        trial = Trial(found["values"], found["sparsity"], allowed, found["embedding_values"])
+        eight_bits = found.setdefault("eight_bits", 0.0)  # which recipes did not have at first
+        trial = Trial(found["values"], found["sparsity"], allowed, found["embedding_values"], eight_bits)
         done = [Trial(**one) for one in log["trials"]]
         kept = any(replace(one, loss=allowed) == trial and one.loss <= allowed for one in done)
         recipe = recipe.model_copy(update={key: found[key] for key in searched(recipe)})
@@ -189,15 +194,16 @@ def check_kept(finished: Path, recipe: Recipe, quality: float) -> Recipe:
 
 
 def best_of(trials: Sequence[Trial], allowed: float) -> Trial | None:
-    """Return the trial with the highest sparsity that loses no more than is allowed."""
-    return max((one for one in trials if one.loss <= allowed), key=lambda trial: trial.sparsity, default=None)
+    """Return the trial that loses no more than is allowed with the highest sparsity, and the fewest bits."""
+    good = (one for one in trials if one.loss <= allowed)
+    return max(good, key=lambda trial: (trial.sparsity, -trial.eight_bits), default=None)
 
 
 def searched(recipe: Recipe) -> tuple[str, ...]:
     """Return the options of a recipe that a search settles: the sparsity, and those that it leaves open."""
     given = recipe.model_fields_set
     values = () if "values" in given else ("values", "group_size")
-    return ("sparsity", *values, *(() if "embedding_values" in given else ("embedding_values",)))
+    return ("sparsity", "eight_bits", *values, *(() if "embedding_values" in given else ("embedding_values",)))
 
 
 def search_folder(output: Path) -> Path:
