@@ -74,8 +74,8 @@ def _between(good: Trial, bad: Trial, aim: float) -> float | None:
 def propose_eight_bits(trials: Sequence[Trial], allowed: float) -> float | None:
     """Return the share of weights to give eight bits next, or None when the trials have said all.
 
-    None of them removes anything. A share s is taken to leave (1 - s)^2 of what four bits lose: those that lose most are
-    the first to have eight. Where that was too hopeful, steps become longer with the number of trials.
+    None of them removes anything. A share s is taken to leave (1 - s)^2 of what four bits lose: those that lose most
+    are the first to have eight. Where that was too hopeful, steps become longer with the number of trials.
     """
     bad = max((one for one in trials if one.loss > allowed), key=lambda trial: trial.eight_bits, default=None)
     if bad is None:
