@@ -180,7 +180,9 @@ def described(path):
     embedding = "" if recipe["values"] == "base" else f", embedding {recipe['embedding_values']}"
     tokens = f", {recipe['vocabulary']:,} tokens" if recipe.get("vocabulary") else ""
     groups = f" in groups of {recipe['group_size']}" if recipe["group_size"] else ""
-    return f"{manifest['values']}{groups}, {manifest['sparsity']:.1%} removed{embedding}{tokens}"
+    share = manifest.get("eight_bits")
+    wide = f", {share:.1%} in eight bits" if share else ""
+    return f"{manifest['values']}{groups}{wide}, {manifest['sparsity']:.1%} removed{embedding}{tokens}"
 
 
 def speeds(options, models):

@@ -142,7 +142,10 @@ class Recipe(BaseModel):
         """Refuse more bits for some weights where the others have no fewer, or where bytes are saved by pruning."""
         is_whole = all(info.data.get(key) is None for key in _ONE_OF_THESE[1:]) and info.data.get("sparsity") == 0
         if value and not (is_whole and info.data.get("values") in FOUR_BITS):
-            raise ValueError("eight bits are for some weights among others of int4 or nl4, with sparsity 0")
+            raise ValueError(
+                "eight bits are for some weights among others of int4 or nl4, with sparsity 0; --target-size and "
+                "--keep-quality choose the share themselves"
+            )
         return value
 
     @field_validator("target_size", mode="before")
@@ -189,6 +192,8 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
             raise ConfigError(f"{' and '.join(named)} decide the same thing: give one of them")
     if given.keys() & set(_ONE_OF_THESE):
         merged = {key: value for key, value in merged.items() if key not in _ONE_OF_THESE}
+    if given.keys() & {*_ONE_OF_THESE, "values"} and merged.get("eight_bits"):
+        del merged["eight_bits"]  # it fills what the file's own sparsity and values have left
     presets = {**_preset(merged), **_preset(given)}
     is_named = "budget" in given or ("budget" in merged and "budget" not in _preset(given))
     merged = {**_preset(merged), **merged, **_preset(given), **given}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from secateur.checkpoint.export import export
-from secateur.checkpoint.format import LOG, MANIFEST, check_quantization_config, read_json
+from secateur.checkpoint.format import LOG, MANIFEST, VERSIONS, check_quantization_config, read_json
 from secateur.checkpoint.inspect import inspect, read_manifest
 from secateur.checkpoint.shards import read_shard
 from secateur.errors import CheckpointError, ModelError, OutputError, SecateurError, UnknownNameError
@@ -279,7 +279,7 @@ def test_a_damaged_packed_weight(copy, use):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("version", 4),
+        ("version", max(VERSIONS) + 1),
         ("version", True),
         ("layout", "tiles"),
         ("format", "csr"),

@@ -381,8 +381,8 @@ _bad_inspect("missing shard", lambda p, t: replaced(p.child, t, FIRST_SHARD, Non
 _bad_inspect("truncated shard", lambda p, t: truncated(p.child, t, FIRST_SHARD), FIRST_SHARD, "cannot be read")
 _bad_inspect(
     "newer version",
-    lambda p, t: with_json(p.child, t, "config.json", lambda c: c["quantization_config"].update(version=4)),
-    "version 4",
+    lambda p, t: with_json(p.child, t, "config.json", lambda c: c["quantization_config"].update(version=99)),
+    "version 99",
     "newer secateur",
 )
 for part in ("values", "bitmask", "row_offsets"):
@@ -431,9 +431,9 @@ for verb in ("evaluate", "export", "generate"):
         f"{verb}: newer version",
         _bad_child(
             verb,
-            lambda p, t: with_json(p.child, t, "config.json", lambda c: c["quantization_config"].update(version=4)),
+            lambda p, t: with_json(p.child, t, "config.json", lambda c: c["quantization_config"].update(version=99)),
         ),
-        "version 4",
+        "version 99",
         "newer secateur",
     )
     bad(

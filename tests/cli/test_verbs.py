@@ -64,6 +64,7 @@ def test_derive_as_json_with_a_recipe_and_a_flag_that_wins(inputs, work, capsys)
         "values": "base",
         "group_size": None,
         "embedding_values": "int8",
+        "eight_bits": 0.0,
         "trim_vocabulary": False,
         "vocabulary": None,
         "recover": 0,

@@ -15,6 +15,7 @@ from secateur.checkpoint.shards import read_shard
 from secateur.config import make_recipe
 from secateur.errors import CheckpointError, ConfigError
 from secateur.models.source import ModelFolder, resolve_model
+from secateur.pruning import allotment
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import worth_most
 from secateur.pruning.size import Footprint, ways
@@ -63,16 +64,21 @@ def test_those_that_are_chosen_have_eight_bits_and_all_others_four(base, tmp_pat
     assert min(errors[name] for name in stored.unmasked - stored.eight_bits) > 0.05
 
 
-def test_the_parts_that_lose_most_are_chosen(base, mixed, tmp_path):
+def test_the_parts_that_lose_most_are_chosen(base, mixed, tmp_path, monkeypatch):
     """What is left of the loss is less than with others, and less than with four bits everywhere."""
-    derive_tiny(base, tmp_path / "four", method="admm", **{**MIXED, "eight_bits": None})
-    token_ids = torch.from_numpy(calibration().token_ids)
-    wanted, four, some = (
-        AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32)(token_ids).logits.log_softmax(-1)
-        for one in (base, tmp_path / "four", mixed)
+    options = {**MIXED, "method": "admm"}
+    derive_tiny(base, tmp_path / "four", **{**options, "eight_bits": None})
+    monkeypatch.setattr(
+        allotment, "worth_most", lambda lost, *rest: worth_most({k: -v for k, v in lost.items()}, *rest)
     )
-    lost = [(wanted.exp() * (wanted - one)).sum(-1).mean().item() for one in (four, some)]
-    assert lost[1] < 0.7 * lost[0]
+    derive_tiny(base, tmp_path / "worst", **options)
+    token_ids = torch.from_numpy(calibration().token_ids)
+    wanted, *found = (
+        AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32)(token_ids).logits.log_softmax(-1)
+        for one in (base, tmp_path / "four", tmp_path / "worst", mixed)
+    )
+    four, worst, best = ((wanted.exp() * (wanted - one)).sum(-1).mean().item() for one in found)
+    assert best < 0.5 * worst < 0.5 * four
 
 
 def test_all_readers_compute_the_same(tmp_path):
@@ -83,8 +89,10 @@ def test_all_readers_compute_the_same(tmp_path):
     expected = reference_logits(folder, ids)
     model = native(folder).model
     assert near(model.forward(ids, [NativeSequence(model, 40)] * 40, [True] * 40), expected)
-    kinds = {one.struct.kind for one, _ in model.products}
-    assert len(kinds) == 2
+    eight_bits = set(config(folder)["eight_bits"])
+    kinds = {one.name: one.struct.kind for one, _ in model.products if one.name.startswith("model.layers.")}
+    eight, four = (({kinds[name] for name in names}) for names in (eight_bits, kinds.keys() - eight_bits))
+    assert (len(eight), len(four), eight & four) == (1, 1, set())
     packed = open_model(resolve_model(str(folder)), packed=True)
     with torch.inference_mode():
         found = packed(torch.tensor([ids])).logits[0].float().numpy()
@@ -106,10 +114,12 @@ def test_a_file_for_llama_cpp_has_both(tmp_path):
 def test_it_is_told_how_many_there_are(mixed):
     told = inspect(mixed)
     stored = told.stored
+    assert told.to_dict()["eight_bits"] == pytest.approx(stored.share_in_eight_bits(), abs=1e-6)
     entries = {name: rows * columns for name, (rows, columns) in stored.pruned.shapes.items()}
     share = sum(entries[name] for name in stored.eight_bits) / sum(entries.values())
     assert f"nl4 in groups of 64, {share:.1%} in eight bits" in told.describe()
     assert 0.3 < share <= 0.5
+    assert f"| values | nl4, groups of 64, {share:.1%} in eight bits |" in (mixed / "README.md").read_text()
 
 
 def test_an_interrupted_derivation_goes_on_with_the_same(base, mixed, tmp_path, monkeypatch):
@@ -154,6 +164,23 @@ def test_it_is_refused_where_it_means_nothing(options):
         make_recipe({"for": "python", "eight_bits": 0.5, **options})
 
 
+@pytest.mark.parametrize(
+    "more", [{"target_size": "300MB"}, {"keep_quality": 0.9}, {"sparsity": 0.5}, {"values": "int8"}]
+)
+def test_over_a_saved_recipe_another_answer_has_a_share_of_its_own(more, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("for: python\nsparsity: 0.0\nvalues: nl4\neight_bits: 0.37\n")
+    assert make_recipe({}, file).eight_bits == 0.37
+    found = make_recipe(more, file)
+    assert found.eight_bits == 0
+    assert "eight_bits" not in found.model_fields_set
+
+
+def test_a_share_too_small_for_any_weight_is_refused(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"0.10% in eight bits is less than any weight"):
+        derive_tiny(base, tmp_path / "out", **{**MIXED, "eight_bits": 0.001})
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0, 7])
 def test_a_share_is_a_share(share):
     with pytest.raises(ConfigError, match="option 'eight_bits' cannot be"):
@@ -179,6 +206,39 @@ def test_a_size_is_filled(base, tmp_path, share):
     largest = max(rows * columns for rows, columns in opened.shapes().values())
     more = taken - sum(path.stat().st_size for path in plain.path.iterdir())
     assert more > share * footprint.eight_bits(four) - largest
+
+
+def test_none_stays_none_beside_a_size(base):
+    opened, fixed = Base.open(ModelFolder(base, "tiny")), {"for": "python", "values": "nl4", "eight_bits": 0.0}
+    found = ways(opened, make_recipe({**fixed, "target_size": 10**9}))
+    assert {(one.sparsity, one.eight_bits) for one in found} == {(0.0, 0.0)}
+
+
+def test_where_eight_bits_are_enough_for_all_they_are_taken(base, tmp_path):
+    footprint = Footprint.of(Base.open(ModelFolder(base, "tiny")))
+    target = footprint.folder(make_recipe({"for": "python", "values": "int8", "sparsity": 0.0})) + 1000
+    done = derive_tiny(base, tmp_path / "out", method="admm", target_size=target)
+    assert (done.manifest["values"], done.manifest["sparsity"]) == ("int8", 0.0)
+
+
+def test_what_was_begun_without_goes_on_without(base, tmp_path, monkeypatch):
+    """As an earlier version has left it, which had no weights in eight bits."""
+    footprint = Footprint.of(Base.open(ModelFolder(base, "tiny")))
+    four = make_recipe({"for": "python", "values": "nl4", "sparsity": 0.0})
+    options = {
+        "target_size": footprint.folder(four) + footprint.eight_bits(four) // 2,
+        "values": "nl4",
+        "group_size": 64,
+    }
+    options |= {"embedding_values": "int8", "method": "admm"}
+    with monkeypatch.context() as before:
+        before.setattr("secateur.pruning.size.MOST_EIGHT_BITS", 0.0)
+        derive_tiny(base, tmp_path / "out", **options)
+        interrupt(base, tmp_path / "half", **options)
+    assert derive_tiny(base, tmp_path / "out", **options, resume=True).log == {}
+    derive_tiny(base, tmp_path / "half", **options, resume=True)
+    assert contents(tmp_path / "half") == contents(tmp_path / "out")
+    assert derive_tiny(base, tmp_path / "new", **options).manifest["eight_bits"] > 0.2
 
 
 @given(

@@ -162,12 +162,27 @@ def test_int8_is_taken_where_little_has_to_be_removed():
     assert [cheapest(one, lambda: prices).values for one in (few, many)] == ["int8", "nl4"]
 
 
+@pytest.mark.parametrize("method", ["wanda", "admm"])
+def test_eight_bits_for_some_lie_between_four_and_eight_for_all(method):
+    prices, kinds = Prices(0.5, 0.1), ("nl4", "int4")
+    int8 = prices.of(recipe(method=method, values="int8", sparsity=0.0))
+    for values, group_size in [(one, size) for one in kinds for size in (32, 64, 128)]:
+        options = {"method": method, "values": values, "group_size": group_size, "sparsity": 0.0}
+        lost = [prices.of(recipe(**options, eight_bits=share)) for share in (0.0, 0.1, 0.5, 0.95)]
+        assert lost == sorted(lost, reverse=True)
+        assert int8 < lost[-1] < lost[0] == prices.of(recipe(**options))
+        # Those that lose most come first.
+        assert lost[0] - lost[1] > 0.1 * (lost[0] - int8)
+
+
 def test_nothing_is_measured_where_the_answer_is_plain():
     whole, int8 = recipe(values="base", sparsity=0.0), recipe(values="int8", sparsity=0.0)
     smaller = recipe(values="int8", sparsity=0.0, embedding_values="nl4")
     nl4 = recipe(values="nl4", sparsity=0.1, group_size=32)
-    for recipes in ((whole, int8, smaller, nl4), (smaller, nl4, int8), (smaller,)):
-        best = min(recipes, key=[whole, int8, smaller, nl4].index)
+    mixed = recipe(values="nl4", sparsity=0.0, group_size=32, eight_bits=0.95)
+    order = [whole, int8, mixed, smaller, nl4]
+    for recipes in ((whole, int8, smaller, mixed, nl4), (mixed, int8), (smaller, nl4, int8), (smaller,), (nl4, mixed)):
+        best = min(recipes, key=order.index)
         assert cheapest(recipes, lambda: pytest.fail("measured")) is best
 
 
@@ -179,6 +194,11 @@ def test_a_model_that_does_not_fit_whole_is_refused_unless_the_kinds_are_given(t
         derive_tiny(base, tmp_path / "out", target_size=target)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     derive_tiny(base, tmp_path / "out", target_size=target, values="nl4", embedding_values="int8")
+    # Which weights need eight bits is found out with the whole model, too.
+    fixed = {"target_size": 3 * target, "values": "nl4", "embedding_values": "int8"}
+    with pytest.raises(ResourceError, match=r"which weights need eight bits .* --eight-bits 0"):
+        derive_tiny(base, tmp_path / "more", **fixed)
+    derive_tiny(base, tmp_path / "more", **fixed, eight_bits=0.0)
 
 
 def test_a_model_that_gives_no_numbers_is_refused(base, monkeypatch):

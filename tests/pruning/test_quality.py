@@ -1,5 +1,6 @@
 """Sub-models that keep a quality: what is tried, what is measured, and what an interruption leaves."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -232,6 +233,26 @@ def test_values_that_are_left_open_are_the_smallest_that_keep_it(base, tmp_path)
     tried = [(one["values"], one["sparsity"], one["eight_bits"]) for one in done.log["keep_quality"]["trials"]]
     assert len(set(tried)) == len(tried)
     assert not search_folder(tmp_path / "hard").exists()
+
+
+@pytest.mark.usefixtures("fake_judge")
+def test_a_search_that_an_earlier_version_has_begun_goes_on(base, tmp_path):
+    with pytest.raises(ConfigError, match="cannot be kept"):
+        derive_tiny(base, tmp_path / "out", keep_quality=0.9999)
+    path = search_folder(tmp_path / "out") / TRIALS
+    content = read_json(path)
+    del content["asked"]["recipe"]["eight_bits"]
+    content["trials"] = [one for one in content["trials"] if not one.pop("eight_bits")]
+    path.write_text(json.dumps(content))
+    done = derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.09, resume=True)
+    assert done.manifest["values"] == "nl4"
+
+
+@pytest.mark.usefixtures("fake_judge")
+def test_a_search_without_eight_bits_has_none(base, tmp_path):
+    done = derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.04, eight_bits=0.0)
+    assert {one["eight_bits"] for one in done.log["keep_quality"]["trials"]} == {0.0}
+    assert done.manifest["values"] == "int8"
 
 
 def test_an_interrupted_search_goes_on(base, tmp_path):

@@ -69,7 +69,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         granularity=recipe["granularity"],
         budget=recipe["budget"],
         head=_describe_vocabulary(manifest.get("vocabulary")) + _describe_head(manifest.get("shortlist")),
-        values=manifest["values"] + (f", groups of {groups}" if groups else ""),
+        values=manifest["values"] + (f", groups of {groups}" if groups else "") + describe_eight_bits(manifest),
         outside=f"{outside}, {_LEARNT if 'recovery' in manifest else _SCALED if groups else _SAME}",
         samples=recipe["samples"],
         sequence_length=recipe["sequence_length"],
@@ -78,6 +78,12 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         recovery=_RECOVERED.format(**manifest["recovery"]) if "recovery" in manifest else "",
         sources=sources,
     )
+
+
+def describe_eight_bits(manifest: Mapping[str, Any]) -> str:
+    """Return what a manifest says of weights that have more bits than the others, behind a comma; or nothing."""
+    share = manifest.get("eight_bits")
+    return f", {share:.1%} in eight bits" if isinstance(share, float) else ""
 
 
 def _describe_vocabulary(vocabulary: Mapping[str, Any] | None) -> str:

@@ -116,7 +116,7 @@ class Stored:
         if name in self.dense.shapes:
             return self.dense
         if name in self.eight_bits:
-            return StoredWeights(EIGHT_BIT_ENCODING, self.pruned.shapes)
+            return StoredWeights(EIGHT_BIT_ENCODING, {name: self.pruned.shapes[name]})
         return self.pruned if name in self.unmasked else None
 
     def packed(self, name: str) -> StoredWeights | None:
@@ -127,6 +127,11 @@ class Stored:
         """Return how a tensor is stored as integers; None if it is not."""
         packed = self.packed(name)
         return packed.encoding if packed is not None and packed.encoding.bits else None
+
+    def share_in_eight_bits(self) -> float:
+        """Return the share of the entries of `pruned` that `eight_bits` has."""
+        entries = {name: rows * columns for name, (rows, columns) in self.pruned.shapes.items()}
+        return sum(entries[name] for name in self.eight_bits) / max(1, sum(entries.values()))
 
     def refuse_twice(self, names: Collection[str]) -> None:
         """Raise `CheckpointError` when tensors of these names hold a weight in parts and as it is.

@@ -1,6 +1,5 @@
 """What a sub-model is, how it was made, and whether its files are what they were."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from secateur.checkpoint.bitmask import SUFFIXES
-from secateur.checkpoint.card import describe_coverage, describe_more_tokens
+from secateur.checkpoint.card import describe_coverage, describe_eight_bits, describe_more_tokens
 from secateur.checkpoint.format import CARD, MANIFEST, Stored, check_quantization_config, read_json
 from secateur.errors import CheckpointError
 from secateur.files import is_file, sha256_file
@@ -93,20 +92,15 @@ class Inspection:
 
     def _describe_values(self) -> str:
         texts = []
-        wide = self._describe_eight_bits()
-        for weights, where in ((self.stored.pruned, ""), (self.stored.dense, f"{wide}, embedding and head ")):
+        for weights, where in ((self.stored.pruned, ""), (self.stored.dense, ", embedding and head ")):
+            wide = "" if where else describe_eight_bits(self.manifest)
             groups = f" in groups of {weights.encoding.group_size}" if weights.encoding.bits else ""
             # Floats are dense only in another order of rows.
             known = weights.shapes and (groups or not where)
-            texts += [f"{where}{weights.encoding.values}{groups}"] if known else []
+            texts += [f"{where}{weights.encoding.values}{groups}{wide}"] if known else []
         whole, total = len(self.stored.unmasked), len(self.stored.pruned.shapes)
         some = f", {whole} of {total} weights" if whole < total else ","
         return "".join(texts) + (f"{some} without a bitmask" if whole else "")
-
-    def _describe_eight_bits(self) -> str:
-        pruned, wide = self.stored.pruned, self.stored.eight_bits
-        entries, total = (sum(math.prod(pruned.shapes[name]) for name in names) for names in (wide, pruned.shapes))
-        return f", {entries / total:.1%} in eight bits" if wide else ""
 
     def _describe_vocabulary(self) -> list[str]:
         vocabulary = self.manifest.get("vocabulary")

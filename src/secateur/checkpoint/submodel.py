@@ -111,6 +111,7 @@ def finish_submodel(
         "prunable_weights": size,
         "kept_weights": kept,
         "sparsity": round(1 - kept / size, 6),
+        **_eight_bits(stored),
         "layers": [layer.to_dict() for layer in layers],
         "versions": dict(provenance.versions),
     }
@@ -121,6 +122,12 @@ def finish_submodel(
     hashed = sorted(path.name for path in folder.iterdir() if path.name not in NOT_HASHED)
     manifest["files"] = {name: sha256_file(folder / name) for name in hashed}
     return manifest
+
+
+def _eight_bits(stored: Stored) -> dict[str, float]:
+    """Return the share of the prunable entries that have eight bits where the others have four, if any have."""
+    share = stored.share_in_eight_bits()
+    return {"eight_bits": round(share, 6)} if share else {}
 
 
 def carry_files(source: Path, target: Path) -> None:

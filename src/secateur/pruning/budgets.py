@@ -140,6 +140,8 @@ def _least_loss(lost: FloatArray, taken: IntArray, allowed: int) -> IntArray:
 def worth_most(divergence: Divergence, more: Mapping[str, int], share: float) -> frozenset[str]:
     """Return the weights to be rounded less: those of the parts that lose most for each byte that it takes.
 
+    Of a part for which there are too few bytes left, the smallest weights are; it is not known which of them lose most.
+
     Parameters
     ----------
     divergence

@@ -60,7 +60,7 @@ class Demand:
     recovering
         Length of the sequences that the pruned model learns from; 0 when it does not.
     measuring
-        Whether a budget or a quality asks for runs of the whole model.
+        Whether a budget, a quality or the choice of weights in eight bits asks for runs of the whole model.
     sizing
         Whether a size does, which also measures another embedding.
     """

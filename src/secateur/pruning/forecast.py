@@ -93,9 +93,9 @@ def make_forecast(demand: Demand, output: Path) -> Forecast:
     disk = demand.disk() + map_activations * activations - sum(path.stat().st_size for path in written)
     if budget > MEMORY_SHARE * memory:
         raise ResourceError(
-            f"measuring a budget, a quality or a size holds the whole model, about {_size(budget)} of memory, and "
-            f"{_size(memory)} are free: use --budget uniform, no --keep-quality, and --values and --embedding-values "
-            "beside --target-size, or a larger machine"
+            f"measuring a budget, a quality, a size or which weights need eight bits holds the whole model, about "
+            f"{_size(budget)} of memory, and {_size(memory)} are free: use --budget uniform, no --keep-quality, "
+            "--values and --embedding-values beside --target-size, and --eight-bits 0, or a larger machine"
         )
     if recovery > MEMORY_SHARE * memory:
         raise ResourceError(

@@ -183,7 +183,8 @@ def _shared_inputs(
             run.sources[key] = find_source(module, group, probe)
         shared = Inputs(group, statistics[group[0]])
         sparsity = run.allotment.sparsity[block.weight_name(group[0])]
-        found.append(shared.equalised(module, run.sources[key], run.recipe.group_size or 0, sparsity))
+        group_size = max(run.allotment.encoding_of(block.weight_name(linear)).group_size for linear in group)
+        found.append(shared.equalised(module, run.sources[key], group_size, sparsity))
     return tuple(found)
 
 

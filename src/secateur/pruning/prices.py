@@ -74,11 +74,12 @@ class Prices:
 
     @staticmethod
     def _rounding(recipe: Recipe, method: Method) -> float:
-        cost = _ROUNDING[recipe.values][0 if method.needs_gram else 1]
+        column = 0 if method.needs_gram else 1
+        cost, eight = _ROUNDING[recipe.values][column], _ROUNDING["int8"][column]
         if not _in_four_bits(recipe):
             return cost
         still: float = (1 - recipe.eight_bits) ** _EIGHT_BITS_FIRST
-        return cost * _GROUPS.get(recipe.group_size or 0, 1.0) * still
+        return eight + (cost * _GROUPS.get(recipe.group_size or 0, 1.0) - eight) * still
 
 
 def cheapest(recipes: Sequence[Recipe], measure: Callable[[], Prices]) -> Recipe:
@@ -91,8 +92,8 @@ def _loses_less(one: Recipe, other: Recipe) -> bool:
     """Return whether `one` removes no more than `other` and rounds nothing more, and is not the same."""
 
     def lost(recipe: Recipe) -> tuple[float, ...]:
-        groups = recipe.group_size or 0 if _in_four_bits(recipe) else 0
-        return recipe.sparsity, _BY_LOSS.index(recipe.values), _has_small_embedding(recipe), groups, -recipe.eight_bits
+        groups, share = (recipe.group_size or 0, 1 - recipe.eight_bits) if _in_four_bits(recipe) else (0, 0.0)
+        return recipe.sparsity, _BY_LOSS.index(recipe.values), _has_small_embedding(recipe), groups, share
 
     mine, theirs = lost(one), lost(other)
     return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))

@@ -1,4 +1,4 @@
-"""The search for the sparsity at which a sub-model keeps a given quality: derive, measure, propose, and so on."""
+"""The search for the sparsity or the bits at which a sub-model keeps a quality: derive, measure, propose, and so on."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from secateur.config import DEFAULT_GROUP_SIZES, FOUR_BITS, EmbeddingValues, Rec
 from secateur.errors import ConfigError
 from secateur.pruning.budgets import GROWTH
 from secateur.pruning.quality import Judge, allowed_loss, kept
-from secateur.pruning.size import HIGHEST, Footprint
+from secateur.pruning.size import HIGHEST, MOST_EIGHT_BITS, Footprint
 from secateur.pruning.trials import Trial, Trials, best_of, searched
 
 _FIRST, _PRECISION, _LONGEST_STEP = 0.5, 0.02, 0.25
@@ -20,8 +20,7 @@ _AIM = 0.97
 _LEAST_LOSS = 1e-4  # in nats; what is less is noise, and has no logarithm
 # Where the values are left open: from the smallest, to which pruning then adds, to those that lose nothing.
 _KINDS: tuple[Values, ...] = ("nl4", "int8")
-# Of the share of weights with eight bits: how near to the least that is good, and the most that is tried.
-_NEAR, _MOST = 0.05, 0.95
+_NEAR = 0.05  # of the share of weights with eight bits: how near to the least that is good
 
 
 def propose(trials: Sequence[Trial], values: Values, allowed: float) -> float | None:
@@ -81,7 +80,7 @@ def propose_eight_bits(trials: Sequence[Trial], allowed: float) -> float | None:
     if bad is None:
         return None
     good = best_of(trials, allowed)
-    highest = _MOST if good is None else good.eight_bits
+    highest = MOST_EIGHT_BITS if good is None else good.eight_bits
     gap = highest - bad.eight_bits
     if gap <= (0 if good is None else _NEAR):
         return None
@@ -108,7 +107,7 @@ def small_embedding_pays(lost: float, allowed: float, saved: int, footprint: Foo
 
 @dataclass(frozen=True)
 class Search:
-    """The search for the sub-model with the highest sparsity that keeps a quality.
+    """The search for the smallest sub-model that keeps a quality: pruned, or with as few weights in eight bits.
 
     Attributes
     ----------
@@ -151,7 +150,7 @@ class Search:
             for embedding in self._embeddings(values, nats, allowed):
                 if (best := self._best(values, embedding, nats, allowed)) is not None:
                     return best
-            if values in FOUR_BITS and (best := self._mixed(values, embedding, nats, allowed)) is not None:
+            if (best := self._mixed(values, embedding, nats, allowed)) is not None:
                 return best
         self.trials.keep_only(None)
         most = min(self.trials.done, key=lambda trial: trial.loss)
@@ -187,6 +186,8 @@ class Search:
     def _mixed(self, values: Values, embedding: EmbeddingValues, nats: float, allowed: float) -> Trial | None:
         """Try eight bits for some of the weights where four lose too much with nothing removed, as `_best` does."""
         trials = self.trials
+        if values not in FOUR_BITS or "eight_bits" not in searched(self.recipe):
+            return None
         while (share := propose_eight_bits(trials.unpruned(values, embedding), allowed)) is not None:
             self._try(Trial(values, 0.0, 0.0, embedding, share), nats)
             trials.keep_only(best_of(trials.unpruned(values, embedding), allowed))
@@ -212,7 +213,7 @@ class Search:
             "group_size": DEFAULT_GROUP_SIZES.get(trial.values) if is_open else self.recipe.group_size,
             "embedding_values": trial.embedding,
             "sparsity": trial.sparsity,
-            "eight_bits": trial.eight_bits,
+            **({"eight_bits": trial.eight_bits} if "eight_bits" in searched(self.recipe) else {}),
         }
         place = self.trials.place_of(trial)
         self.derive(self.recipe.model_copy(update=update), place)

@@ -33,7 +33,7 @@ _TENSOR_BYTES, _OTHER_BYTES = 512, 65_536
 _STEP = 1e-4
 # Of the share of weights with eight bits: what is less is not worth the time to find out which, and from more it is not
 # far to all of them.
-_LEAST_EIGHT_BITS, _MOST_EIGHT_BITS = 0.02, 0.95
+_LEAST_EIGHT_BITS, MOST_EIGHT_BITS = 0.02, 0.95
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,13 @@ def _lowest_sparsity(footprint: Footprint, recipe: Recipe, target: int, highest:
 
 def _with_eight_bits(footprint: Footprint, recipe: Recipe, target: int) -> Recipe:
     """Return the recipe with as many weights in eight bits as the bytes that it leaves are enough for."""
-    if recipe.sparsity or recipe.values not in FOUR_BITS:
+    if recipe.sparsity or recipe.values not in FOUR_BITS or "eight_bits" in recipe.model_fields_set:
         return recipe
     left = target - footprint.folder(recipe)
     share = math.floor(left / footprint.eight_bits(recipe) / _STEP) * _STEP
     if share < _LEAST_EIGHT_BITS:
         return recipe
-    return recipe.model_copy(update={"eight_bits": round(min(share, _MOST_EIGHT_BITS), 4)})
+    return recipe.model_copy(update={"eight_bits": round(min(share, MOST_EIGHT_BITS), 4)})
 
 
 def weight_bytes(

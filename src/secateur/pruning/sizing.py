@@ -35,7 +35,9 @@ def best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts,
     if asked.target_size is None:
         return sized[0]
     begun = {"recipe": begun_recipe(execution.target) if execution.resume else None}
-    found = next((one for one in sized if not first_difference(begun, {"recipe": one.to_dict()}, begun)), None)
+    # What an earlier version has begun, or a recipe without, has no weights in eight bits; it is as small.
+    known = (*sized, *(one.model_copy(update={"eight_bits": 0.0}) for one in sized if one.eight_bits))
+    found = next((one for one in known if not first_difference(begun, {"recipe": one.to_dict()}, begun)), None)
     if found is None:
         if not (execution.resume and os.path.lexists(execution.target)):
             check_output(execution.target, resume=execution.resume)

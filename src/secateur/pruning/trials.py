@@ -81,7 +81,9 @@ class Trials:
             lost = content.get("small_embedding")
             self.small_embedding = None if lost is None else float(lost)
             self.done = [Trial(**one) for one in content["trials"]]
-            difference = first_difference(content["asked"], self._asked, self._asked)
+            found = {key for key, one in self._asked.get("recipe", {}).items() if one is None}  # by the search
+            asked = content["asked"] | {"recipe": content["asked"]["recipe"] | dict.fromkeys(found)}
+            difference = first_difference(asked, self._asked, self._asked)
         except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             raise ConfigError(f"{str(self.folder / TRIALS)!r} is damaged: delete the folder to start afresh") from None
         if difference:
@@ -203,7 +205,8 @@ def searched(recipe: Recipe) -> tuple[str, ...]:
     """Return the options of a recipe that a search settles: the sparsity, and those that it leaves open."""
     given = recipe.model_fields_set
     values = () if "values" in given else ("values", "group_size")
-    return ("sparsity", "eight_bits", *values, *(() if "embedding_values" in given else ("embedding_values",)))
+    eight_bits = () if "eight_bits" in given else ("eight_bits",)
+    return ("sparsity", *eight_bits, *values, *(() if "embedding_values" in given else ("embedding_values",)))
 
 
 def search_folder(output: Path) -> Path:

@@ -109,7 +109,7 @@ class PackedQuantizer(SecateurQuantizer):
         parts = {one: self.tensors[f"{name}.{one}"] for one in PART_SUFFIXES if f"{name}.{one}" in self.tensors}
         if parts.keys() != set(expected):
             raise damaged(name, f"it has the parts {', '.join(sorted(parts))}, expected {', '.join(sorted(expected))}")
-        weights, rows = stored.whole(name) or stored.pruned, None
+        weights, rows = stored.packed(name), None
         if (tokens := parts.pop(SHORTLIST, None)) is not None:
             shortlist = checked_shortlist(tokens.numpy(), stored.shortlist.tokens, weights.shapes[name][0], name)
             rows = torch.from_numpy(shortlist.rows())
