@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -129,6 +129,7 @@ def simulated(loss_at, allowed, values="nl4"):
     st.floats(0, 0.1),
     st.sampled_from(["nl4", "int8", "base"]),
 )
+@example(0.00390625, 3.0, 0.046875, 0.0390625, "nl4")  # most of the loss is that of rounding
 def test_the_search_ends_near_the_highest_good_sparsity(at_half, growth, allowed, rounding, values):
     def loss(sparsity):
         return rounding + at_half * math.exp(growth * (sparsity - 0.5)) * (sparsity > 0)
@@ -141,7 +142,8 @@ def test_the_search_ends_near_the_highest_good_sparsity(at_half, growth, allowed
     if exact is None:
         assert not good
     elif exact >= smallest + 0.03:
-        assert exact - 0.03 <= max(good) <= exact + 1e-3
+        assert max(good) <= exact + 1e-3
+        assert max(good) >= exact - 0.03 or loss(max(good)) > 0.96 * allowed
     else:  # a bitmask would take more than it saves
         assert max(good) <= smallest + 0.03
 

@@ -22,7 +22,7 @@ from secateur.files import release_freed_memory
 from secateur.models.products import fast_products
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
-from secateur.pruning.budgets import share_that_is_pruned
+from secateur.pruning.budgets import EIGHT_BITS_FIRST, share_that_is_pruned
 from secateur.pruning.divergence import TOKENS, mean_divergence, spread_logits, summing_squares, wanda_pruned
 from secateur.pruning.masks import Target
 from secateur.pruning.method import Method
@@ -40,8 +40,6 @@ _LEAST_MEASURED = 0.2
 _GROWTH, _WANDAS_GROWTH = 7.0, 8.5
 # The same of four bits by their groups: what a scale for more or fewer inputs costs, beside that for 64.
 _GROUPS = {32: 0.75, 64: 1.0, 128: 1.3}
-# What four bits still cost where some weights have eight, those that lost most: a power of the share of the others.
-_EIGHT_BITS_FIRST = 2.0
 _BY_LOSS = ("base", "int8", "nl4", "int4")
 
 
@@ -78,7 +76,7 @@ class Prices:
         cost, eight = _ROUNDING[recipe.values][column], _ROUNDING["int8"][column]
         if not _in_four_bits(recipe):
             return cost
-        still: float = (1 - recipe.eight_bits) ** _EIGHT_BITS_FIRST
+        still: float = (1 - recipe.eight_bits) ** EIGHT_BITS_FIRST
         return eight + (cost * _GROUPS.get(recipe.group_size or 0, 1.0) - eight) * still
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from secateur.checkpoint.format import INTEGER_BITS
 from secateur.config import DEFAULT_GROUP_SIZES, FOUR_BITS, EmbeddingValues, Recipe, Values
 from secateur.errors import ConfigError
-from secateur.pruning.budgets import GROWTH
+from secateur.pruning.budgets import EIGHT_BITS_FIRST, GROWTH
 from secateur.pruning.quality import Judge, allowed_loss, kept
 from secateur.pruning.size import HIGHEST, MOST_EIGHT_BITS, Footprint
 from secateur.pruning.trials import Trial, Trials, best_of, searched
@@ -51,12 +51,14 @@ def propose(trials: Sequence[Trial], values: Values, allowed: float) -> float | 
 def _further(known: Trial, aim: float, tried: int, *, good: bool) -> float | None:
     """Return a sparsity above that of the best good trial or below that of the lowest bad one, where all are alike.
 
-    Steps become longer with the number of trials: the loss then does not grow as it was taken to.
+    Steps become longer with the number of trials: the loss then does not grow as it was taken to, as where most of it
+    comes from rounding. A trial that loses nearly what is allowed is as good as any.
     """
     step = (aim - _logarithm(known)) / GROWTH
     if good:
-        reached = known.sparsity >= HIGHEST or step < _PRECISION / 2
-        return None if reached else round(min(known.sparsity + min(tried * step, _LONGEST_STEP), HIGHEST), 4)
+        if known.sparsity >= HIGHEST or step <= 0:
+            return None
+        return round(min(known.sparsity + min(tried * max(step, _PRECISION), _LONGEST_STEP), HIGHEST), 4)
     step = max(tried * min(step, -_PRECISION / 2), -_LONGEST_STEP)
     return None if known.sparsity == 0 else round(max(known.sparsity + step, 0.0), 4)
 
@@ -73,8 +75,8 @@ def _between(good: Trial, bad: Trial, aim: float) -> float | None:
 def propose_eight_bits(trials: Sequence[Trial], allowed: float) -> float | None:
     """Return the share of weights to give eight bits next, or None when the trials have said all.
 
-    None of them removes anything. A share s is taken to leave (1 - s)^2 of what four bits lose: those that lose most
-    are the first to have eight. Where that was too hopeful, steps become longer with the number of trials.
+    None of them removes anything. A share s is taken to leave (1 - s)^EIGHT_BITS_FIRST of what four bits lose. Where
+    that was too hopeful, steps become longer with the number of trials.
     """
     bad = max((one for one in trials if one.loss > allowed), key=lambda trial: trial.eight_bits, default=None)
     if bad is None:
@@ -84,7 +86,8 @@ def propose_eight_bits(trials: Sequence[Trial], allowed: float) -> float | None:
     gap = highest - bad.eight_bits
     if gap <= (0 if good is None else _NEAR):
         return None
-    wish = 1 - (1 - bad.eight_bits) * math.sqrt(max(_AIM * allowed, _LEAST_LOSS) / bad.loss) - bad.eight_bits
+    left: float = (max(_AIM * allowed, _LEAST_LOSS) / bad.loss) ** (1 / EIGHT_BITS_FIRST)
+    wish = (1 - bad.eight_bits) * (1 - left)
     least, most = (min(len(trials) * _NEAR, gap), gap) if good is None else (0.2 * gap, 0.8 * gap)
     return round(bad.eight_bits + min(max(wish, least), most), 4)
 
