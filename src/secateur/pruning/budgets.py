@@ -22,7 +22,7 @@ BudgetNeeds = Literal["nothing", "divergence"]
 # Of the logarithm of a part's divergence, by its sparsity: measured between 50% and 60% (docs/results/methods.md).
 GROWTH = 6.0
 # Of what four bits lose where a share s of the weights has eight, those that lose most, (1 - s)^this is taken as left:
-# 1 (Qwen2.5-Coder-0.5B) to 1.8 (SmolLM2-135M) were measured (docs/results/bits.md).
+# 0.8 (Qwen2.5-Coder-0.5B) to 1.8 (SmolLM2-135M) were measured (docs/results/bits.md).
 EIGHT_BITS_FIRST = 1.5
 _NOTHING = 1e-12  # of a divergence in nats: far below what float32 probabilities can tell
 REACH = 0.2  # how far from the sparsity that was asked for a part may go
