@@ -183,7 +183,9 @@ def _shared_inputs(
             run.sources[key] = find_source(module, group, probe)
         shared = Inputs(group, statistics[group[0]])
         sparsity = run.allotment.sparsity[block.weight_name(group[0])]
-        group_size = max(run.allotment.encoding_of(block.weight_name(linear)).group_size for linear in group)
+        # Weights that learn are rounded after this, and have no groups yet but those of the recipe.
+        sizes = (run.allotment.encoding_of(block.weight_name(linear)).group_size for linear in group)
+        group_size = max(sizes) or run.recipe.group_size or 0
         found.append(shared.equalised(module, run.sources[key], group_size, sparsity))
     return tuple(found)
 
