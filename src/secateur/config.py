@@ -192,8 +192,8 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
             raise ConfigError(f"{' and '.join(named)} decide the same thing: give one of them")
     if given.keys() & set(_ONE_OF_THESE):
         merged = {key: value for key, value in merged.items() if key not in _ONE_OF_THESE}
-    if given.keys() & {*_ONE_OF_THESE, "values"} and merged.get("eight_bits"):
-        del merged["eight_bits"]  # it fills what the file's own sparsity and values have left
+    if merged.get("eight_bits") and _asks_for_other_bits(given):
+        del merged["eight_bits"]  # they fill what the file's own sparsity and values have left
     presets = {**_preset(merged), **_preset(given)}
     is_named = "budget" in given or ("budget" in merged and "budget" not in _preset(given))
     merged = {**_preset(merged), **merged, **_preset(given), **given}
@@ -206,6 +206,12 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
         return Recipe(**merged)
     except ValidationError as error:
         raise ConfigError(_first_problem(error, file)) from None
+
+
+def _asks_for_other_bits(given: Mapping[str, Any]) -> bool:
+    """Return whether options say something beside which the share of eight bits of a recipe file has no meaning."""
+    others = given.keys() & set(_ONE_OF_THESE[1:]) or given.get("sparsity")
+    return bool(others) or given.get("values", FOUR_BITS[0]) not in FOUR_BITS
 
 
 def _preset(options: Mapping[str, Any]) -> Mapping[str, Any]:

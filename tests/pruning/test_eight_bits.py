@@ -176,9 +176,17 @@ def test_over_a_saved_recipe_another_answer_has_a_share_of_its_own(more, tmp_pat
     assert "eight_bits" not in found.model_fields_set
 
 
+@pytest.mark.parametrize("more", [{"values": "int4"}, {"sparsity": 0.0}, {"seed": 3}])
+def test_over_a_saved_recipe_the_same_answer_keeps_its_share(more, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("for: python\nsparsity: 0.0\nvalues: nl4\neight_bits: 0.37\n")
+    assert make_recipe(more, file).eight_bits == 0.37
+
+
 def test_a_share_too_small_for_any_weight_is_refused(base, tmp_path):
     with pytest.raises(ConfigError, match=r"0.10% in eight bits is less than any weight"):
         derive_tiny(base, tmp_path / "out", **{**MIXED, "eight_bits": 0.001})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 7])

@@ -251,6 +251,18 @@ def test_a_search_that_an_earlier_version_has_begun_goes_on(base, tmp_path):
 
 
 @pytest.mark.usefixtures("fake_judge")
+def test_an_option_that_is_none_now_and_was_not_then_is_another(base, tmp_path):
+    with pytest.raises(ConfigError, match="cannot be kept"):
+        derive_tiny(base, tmp_path / "out", keep_quality=0.9999)
+    path = search_folder(tmp_path / "out") / TRIALS
+    content = read_json(path)
+    content["asked"]["recipe"]["vocabulary"] = 200
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"begun with another recipe \(vocabulary\)"):
+        derive_tiny(base, tmp_path / "out", keep_quality=0.9999, resume=True)
+
+
+@pytest.mark.usefixtures("fake_judge")
 def test_a_search_without_eight_bits_has_none(base, tmp_path):
     done = derive_tiny(base, tmp_path / "out", keep_quality=1 / 1.04, eight_bits=0.0)
     assert {one["eight_bits"] for one in done.log["keep_quality"]["trials"]} == {0.0}

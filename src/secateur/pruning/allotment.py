@@ -23,7 +23,7 @@ from secateur.checkpoint.format import (
     read_json,
 )
 from secateur.config import Recipe
-from secateur.errors import CheckpointError, ConfigError
+from secateur.errors import CheckpointError
 from secateur.files import atomic_write_bytes, release_freed_memory
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS, Divergence, worth_most
@@ -90,11 +90,6 @@ def allot(  # noqa: PLR0917
 
     What is measured for it is written into `folder`, where an interrupted derivation finds it again: so its other
     weights are pruned as the first ones were. `progress` is called with the blocks that are measured, and their number.
-
-    Raises
-    ------
-    ConfigError
-        When the share of eight bits is too small for any weight.
     """
     budget, shapes, encoding = BUDGETS.get(recipe.budget), base.shapes(), encoding_of(recipe)
     itemsize = base.dtype().itemsize
@@ -119,8 +114,6 @@ def allot(  # noqa: PLR0917
     if recipe.eight_bits:
         found = _once(path, shapes.keys(), lambda one: one in (4, 8), bits)
         eight_bits = frozenset(name for name, one in found.items() if one == 8)
-        if not eight_bits:
-            raise ConfigError(f"{recipe.eight_bits:.2%} in eight bits is less than any weight of this model: give more")
         return Allotment(encoding, dict.fromkeys(shapes, 0.0), eight_bits)
     if not measures(recipe):
         return Allotment(encoding, sparsities())

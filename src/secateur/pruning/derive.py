@@ -28,7 +28,7 @@ from secateur.pruning.loop import Progress
 from secateur.pruning.methods import METHODS
 from secateur.pruning.quality import Judge, unseen_text
 from secateur.pruning.search import Search
-from secateur.pruning.size import Footprint
+from secateur.pruning.size import Footprint, check_eight_bits
 from secateur.pruning.sizing import best_way, sized_recipes
 from secateur.pruning.texts import Texts, check_length
 from secateur.pruning.trials import check_kept, check_search, clear, open_trials, search_folder, searched
@@ -278,6 +278,7 @@ def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> S
     BUDGETS.get(recipe.budget)
     target, device = execution.target, execution.torch_device
     texts.check(base.model)
+    check_eight_bits(base, recipe)
     finished = execution.resume and os.path.lexists(target)
     if not finished:
         check_output(target, resume=execution.resume)

@@ -162,6 +162,14 @@ def _lowest_sparsity(footprint: Footprint, recipe: Recipe, target: int, highest:
     return round(high * _STEP, 4)
 
 
+def check_eight_bits(base: Base, recipe: Recipe) -> None:
+    """Raise `ConfigError` when a share of eight bits is too small for any weight."""
+    encoding = encoding_of(recipe)
+    more = [eight_bits_bytes(shape) - _whole_bytes(shape, encoding) for shape in base.shapes().values()]
+    if 0 < recipe.eight_bits * sum(more) < min(more):
+        raise ConfigError(f"{recipe.eight_bits:.2%} in eight bits is less than any weight of this model: give more")
+
+
 def _with_eight_bits(footprint: Footprint, recipe: Recipe, target: int) -> Recipe:
     """Return the recipe with as many weights in eight bits as the bytes that it leaves are enough for."""
     if recipe.sparsity or recipe.values not in FOUR_BITS or "eight_bits" in recipe.model_fields_set:

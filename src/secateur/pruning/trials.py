@@ -81,8 +81,9 @@ class Trials:
             lost = content.get("small_embedding")
             self.small_embedding = None if lost is None else float(lost)
             self.done = [Trial(**one) for one in content["trials"]]
-            found = {key for key, one in self._asked.get("recipe", {}).items() if one is None}  # by the search
-            asked = content["asked"] | {"recipe": content["asked"]["recipe"] | dict.fromkeys(found)}
+            # What an earlier version did not know is as open as it is now, and no other option is.
+            opened = {key: None for key, one in self._asked["recipe"].items() if one is None}
+            asked = content["asked"] | {"recipe": opened | content["asked"]["recipe"]}
             difference = first_difference(asked, self._asked, self._asked)
         except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             raise ConfigError(f"{str(self.folder / TRIALS)!r} is damaged: delete the folder to start afresh") from None
