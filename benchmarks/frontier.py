@@ -2,12 +2,13 @@
 
     python benchmarks/frontier.py PARENT.gguf -o OUT [--for python] [--sizes 200MB 250MB 300MB] [--subs FOLDER ...] \\
         [--types Q8_0 Q4_K_M Q2_K Q2_K/Q4_0 ...] [--smaller MODEL.gguf ...] [--samples 64] [--preset best] \\
-        [--vocabulary 48000] [--no-speed]
+        [--vocabulary 48000 [--smaller-types Q4_0/Q4_0 ...]] [--no-speed]
 
 For one parent and one domain: sub-models derived for each size (`secateur derive --target-size`, with as many tokens as
 `--vocabulary` says) and those named with `--subs`; the parent as it is, lossless by definition; the parent quantised by
 llama.cpp to each type, with an importance matrix from the same calibration text (the mean squares of the inputs of each
-weight, which is what llama-imatrix computes); and smaller dense models. A type may name that of embedding and head
+weight, which is what llama-imatrix computes), with all its tokens and, for `--smaller-types`, with the tokens that
+sub-models have, which llama.cpp has no tool for; and smaller dense models. A type may name that of embedding and head
 behind a slash: without it llama.cpp gives them more bits, often Q8_0. A matrix that a file has twice, as embedding and
 as head, is stored once in llama.cpp's files too. Quality is bits per byte of the same held-out
 text, drawn in the parent's tokens, of the values as they are stored: llama.cpp's are unpacked and run by transformers,
@@ -17,113 +18,49 @@ OUT/frontier.svg, and prints the table. What is finished in OUT is used again; O
 """
 
 import argparse
-import ctypes
 import os
 from pathlib import Path
 
-import gguf
-import torch
 from caching import cached
-from transformers import AutoModelForCausalLM
-from watching import summed_inputs
+from llama_files import importance_matrix, quantise, smaller_file, tied_file
 
-import secateur
 from secateur.calibration.held_out import held_out_windows, in_other_tokens
+from secateur.calibration.mixture import parse_mixture
 from secateur.checkpoint.format import MANIFEST, dump_json, read_json
 from secateur.config import make_recipe
 from secateur.evaluation.perplexity import evaluate_perplexity
 from secateur.evaluation.speed import benchmark
-from secateur.files import atomic_file, atomic_write_bytes
-from secateur.models.gguf_names import tensor_sources
-from secateur.models.products import fast_products
+from secateur.files import atomic_write_bytes
 from secateur.models.source import load_tokenizer, resolve_model
-from secateur.models.structure import find_blocks
 from secateur.pruning.derive import derive_recipe
+from secateur.pruning.vocabulary import with_vocabulary
 from secateur.runtime.loading import open_model
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ3_XS", "Q2_K", "Q4_0/Q4_0", "Q3_K_M/Q4_0", "Q2_K/Q4_0")
 GENERAL = "general"
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
-def importance_matrix(folder, domain, samples, data):
-    """Return {GGUF tensor name: mean squares of the inputs, float32 [in_features]} of the weights inside the blocks."""
-    model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.bfloat16).eval()
-    tokenizer = load_tokenizer(folder)
-    token_ids = torch.from_numpy(secateur.calibrate(domain, tokenizer, samples=samples, data=data).token_ids)
-    names = [f"{block.name}.{linear}" for block in find_blocks(model) for linear in block.prunable]
-    with fast_products():
-        sums = summed_inputs(
-            model, names, token_ids, lambda inputs: inputs.float().flatten(0, -2).square().sum(0).double()
-        )
-    means = {f"{name}.weight": (total / token_ids.numel()).float() for name, total in sums.items()}
-    config = read_json(folder.path / "config.json")
-    sources = tensor_sources(config["model_type"], config)
-    return {source.name: means[name] for name, source in sources.items() if name in means}
+def llama_files(options):
+    """Return {name: file} of both kinds, with all tokens and with as many as sub-models have."""
+    parent, folder = options.parent, options.folder
+    tied = tied_file(parent, folder, options.output / f"{parent.stem}-tied.gguf")
+    found = quantised(options, folder, tied, options.types, "")
+    if options.smaller_types:
+        smaller = with_vocabulary(folder, parse_mixture(options.domain), options.vocabulary, data=options.data)
+        source = smaller_file(tied, folder, smaller, options.output / f"{parent.stem}-{options.vocabulary}.gguf")
+        found |= quantised(options, smaller, source, options.smaller_types, f"-{options.vocabulary}")
+    return found
 
 
-def tied_file(options):
-    """Return the parent's file, or a copy in which a head that is the embedding once more is stored once.
-
-    Some files have both although the model ties them, in different types: the copy has the finer one. llama.cpp's files
-    would be a fifth larger than they need be otherwise.
-    """
-    reader = gguf.GGUFReader(options.parent)
-    tensors = {one.name: one for one in reader.tensors}
-    config = read_json(options.folder.path / "config.json")
-    if HEAD not in tensors or not config["tie_word_embeddings"]:
-        return options.parent
-    target = options.output / f"{options.parent.stem}-tied.gguf"
-    if target.exists():
-        return target
-    kept = max((tensors[name] for name in (EMBEDDING, HEAD)), key=lambda one: one.n_bytes)
-    with atomic_file(target) as partial:
-        writer = gguf.GGUFWriter(partial, reader.get_field("general.architecture").contents())
-        for name, field in reader.fields.items():
-            if not name.startswith("GGUF.") and name != "general.architecture":
-                inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-                writer.add_key_value(name, field.contents(), field.types[0], inner)
-        for name, one in tensors.items():
-            if name != HEAD:
-                data = kept if name == EMBEDDING else one
-                writer.add_tensor(name, data.data, raw_dtype=data.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    return target
-
-
-def quantise(source, kind, matrix, target):
-    """Let llama.cpp quantise a GGUF to `kind` with an importance matrix."""
-    import llama_cpp
-
-    silence = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silence, None)
-    entries = (llama_cpp.llama_model_imatrix_data * (len(matrix) + 1))()  # the last one, empty, ends the list
-    for entry, (name, values) in zip(entries, matrix.items(), strict=False):
-        entry.name, entry.size = name.encode(), len(values)
-        entry.data = ctypes.cast(values.contiguous().data_ptr(), ctypes.POINTER(ctypes.c_float))
-    options = llama_cpp.llama_model_quantize_default_params()
-    kind, _, embedding = kind.partition("/")
-    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    if embedding:
-        options.token_embedding_type = options.output_tensor_type = getattr(llama_cpp, f"GGML_TYPE_{embedding}")
-    options.allow_requantize = True
-    options.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
-    with atomic_file(target) as partial:
-        if llama_cpp.llama_model_quantize(str(source).encode(), str(partial).encode(), options) != 0:
-            raise SystemExit(f"llama.cpp cannot quantise {source} to {kind}")
-
-
-def llama_files(options, folder):
-    """Return {type: file}, made where they are not there yet."""
+def quantised(options, folder, source, types, suffix):
+    """Return {type: file} of one source, made where they are not there yet."""
     found, matrix = {}, None
-    for kind in options.types:
-        found[kind] = options.output / f"{options.domain}-{kind}.gguf".replace("/", "_")
-        if not found[kind].exists():
+    for kind in types:
+        target = options.output / f"{options.domain}-{kind}{suffix}.gguf".replace("/", "_")
+        found[f"{kind}{suffix}"] = target
+        if not target.exists():
             matrix = matrix or importance_matrix(folder, options.domain, options.samples, options.data)
-            quantise(tied_file(options), kind, matrix, found[kind])
+            quantise(source, kind, matrix, target)
     return found
 
 
@@ -230,6 +167,7 @@ def main():
     parser.add_argument("--sizes", nargs="*", default=[])
     parser.add_argument("--subs", nargs="*", type=Path, default=[])
     parser.add_argument("--types", nargs="*", default=list(TYPES))
+    parser.add_argument("--smaller-types", nargs="*", default=[], help="types with as many tokens as --vocabulary")
     parser.add_argument("--smaller", nargs="*", type=Path, default=[], help="GGUF files of smaller dense models")
     parser.add_argument("--preset", default="best")
     parser.add_argument("--samples", type=int, default=64)
@@ -244,7 +182,7 @@ def main():
     options.folder = resolve_model(str(options.parent))
     kinds = {
         "secateur": sub_models(options),
-        "llama.cpp": {"parent": options.parent, **llama_files(options, options.folder)},
+        "llama.cpp": {"parent": options.parent, **llama_files(options)},
         "smaller": {path.stem: path for path in options.smaller},
     }
     models = {name: path for group in kinds.values() for name, path in group.items()}

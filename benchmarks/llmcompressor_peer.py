@@ -3,7 +3,7 @@
     python -c 'import numpy, secateur; from secateur.models.source import load_tokenizer, resolve_model; \\
         folder = resolve_model("MODEL"); print(folder.path); \\
         numpy.save("ids.npy", secateur.calibrate("python", load_tokenizer(folder), samples=64).token_ids)'
-    PEER/bin/python benchmarks/llmcompressor_peer.py FOLDER ids.npy -o OUT [--sparsity 0.5]
+    PEER/bin/python benchmarks/llmcompressor_peer.py FOLDER ids.npy -o OUT [--sparsity 0.5] [--dtype bfloat16]
     secateur evaluate OUT --against MODEL --task perplexity:python
 
 PEER is a virtual environment with `pip install llmcompressor` (0.14.0.1 here), which needs an older transformers than
@@ -25,6 +25,7 @@ def main():
     parser.add_argument("token_ids", type=Path, help="int64 [samples, sequence_length]")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="the faster one here")
     options = parser.parse_args()
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -32,13 +33,14 @@ def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=getattr(torch, options.dtype))
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     token_ids = np.load(options.token_ids)
     samples, length = token_ids.shape
     columns = {"input_ids": token_ids.tolist(), "attention_mask": np.ones_like(token_ids).tolist()}
-    # 0:0 is no pattern; all linear layers but the head.
-    recipe = SparseGPTModifier(sparsity=options.sparsity, mask_structure="0:0", targets=["Linear"], ignore=["lm_head"])
+    # 0:0 is no pattern. Targets by name: with ["Linear"] the head is called "lm_head.", which no list of what to ignore
+    # matches, and it, which is the embedding once more, is pruned as well.
+    recipe = SparseGPTModifier(sparsity=options.sparsity, mask_structure="0:0", targets=["re:.*_proj$"])
     oneshot(
         model=model,
         dataset=Dataset.from_dict(columns),

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -172,6 +174,13 @@ def test_a_preset_stands_for_options_that_others_win_over(tmp_path):
     assert make_recipe({}, file).method == "sparsegpt"
     balanced = make_recipe({"preset": "balanced"}, file)
     assert (balanced.method, balanced.correction) == ("admm", 0)
+    assert balanced == make_recipe({"for": "python", "preset": "balanced"})
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(json.dumps(make_recipe({"for": "python", "preset": "best"}).to_dict()))
+    for preset in ("fast", "balanced", "best"):
+        wanted = make_recipe({"for": "python", "preset": preset}).to_dict()
+        assert make_recipe({"preset": preset}, file).to_dict() == wanted
+        assert make_recipe({"preset": preset}, saved).to_dict() == wanted
     assert "preset" not in balanced.to_dict()
     with pytest.raises(ConfigError, match="unknown preset 'finest': known are fast, balanced, best"):
         make_recipe({"for": "python", "preset": "finest"})

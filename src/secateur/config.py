@@ -25,8 +25,8 @@ DEFAULT_CORRECTION = 0.5
 DEFAULT_FIRST_TOKEN_WEIGHT = 100.0
 # Options by what a user asks for, from the cheapest to the one that keeps most; all others and flags win over them.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "wanda"},
-    "balanced": {"method": "admm", "correction": 0.0},
+    "fast": {"method": "wanda", "budget": "uniform"},
+    "balanced": {"method": "admm", "correction": 0.0, "budget": "uniform"},
     "best": {"method": "admm", "correction": DEFAULT_CORRECTION, "budget": "measured"},
 }
 # What a preset's budget becomes where its sparsity only stands for a size.
@@ -192,8 +192,10 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
             raise ConfigError(f"{' and '.join(named)} decide the same thing: give one of them")
     if given.keys() & set(_ONE_OF_THESE):
         merged = {key: value for key, value in merged.items() if key not in _ONE_OF_THESE}
-    if merged.get("eight_bits") and _asks_for_other_bits(given):
-        del merged["eight_bits"]  # they fill what the file's own sparsity and values have left
+    if _asks_for_other_bits(given):
+        merged.pop("eight_bits", None)  # they fill what the file's own sparsity and values have left
+    if "preset" in given:
+        merged.pop("preset", None)
     presets = {**_preset(merged), **_preset(given)}
     is_named = "budget" in given or ("budget" in merged and "budget" not in _preset(given))
     merged = {**_preset(merged), **merged, **_preset(given), **given}

@@ -68,3 +68,26 @@ def test_only_a_derivation_is_told_how_it_goes_on(monkeypatch, capsys, verb):
         cli.main([verb, "x"])
     assert ended.value.code == 128 + signal.SIGINT
     assert ("--resume" in capsys.readouterr().err) == (verb == "derive")
+
+
+@pytest.mark.parametrize(
+    ("said", "is_memory"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_only_memory_that_is_short_is_called_so(monkeypatch, capsys, said, is_memory):
+    from secateur import cli
+
+    def failing(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(cli, "app", failing)
+    for verb in ("derive", "generate"):
+        with pytest.raises(SystemExit if is_memory else RuntimeError):
+            cli.main([verb, "x"])
+        told = capsys.readouterr().err
+        assert told.startswith("secateur: out of memory") == is_memory
+        assert ("--samples" in told) == (is_memory and verb == "derive")

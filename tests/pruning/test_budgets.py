@@ -183,11 +183,11 @@ def received(model, module, token_ids):
     return seen[0]
 
 
-def reference(model, token_ids, sparsity, first_weight, positions=slice(None)):
+def reference(model, token_ids, sparsity, first_weight, positions=slice(None), tokens=slice(None)):
     """The same by whole passes: hooks on the whole model, weights replaced."""
     found = {}
     with torch.no_grad():
-        wanted = model(token_ids).logits[:, positions].double().log_softmax(-1)
+        wanted = model(token_ids).logits[:, positions][..., tokens].double().log_softmax(-1)
         for block in find_blocks(model):
             for linears in parts(block):
                 pruned = copy.deepcopy(model)
@@ -199,7 +199,7 @@ def reference(model, token_ids, sparsity, first_weight, positions=slice(None)):
                     score = module.weight.double().abs() * squares.flatten(0, -2).sum(0).sqrt()
                     order = score.argsort(dim=1, stable=True)[:, : round(sparsity * score.shape[1])]
                     pruned.get_submodule(f"{block.name}.{linear}").weight.scatter_(1, order, 0.0)
-                ours = pruned(token_ids).logits[:, positions].double().log_softmax(-1)
+                ours = pruned(token_ids).logits[:, positions][..., tokens].double().log_softmax(-1)
                 names = tuple(f"{block.name}.{linear}.weight" for linear in linears)
                 found[names] = (wanted.exp() * (wanted - ours)).sum(-1).mean().item()
     return found
@@ -228,6 +228,21 @@ def test_divergence_of_some_tokens_at_some_positions(monkeypatch):
     found = measure_divergence(model, find_blocks(model), token_ids, HALVED, 1.0, lambda *_: None)
     expected = reference(model, token_ids[:2], 0.5, 1.0, slice(11, None, 12))
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=0.02, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "cohere", "gpt_bigcode"])
+def test_divergence_of_the_likeliest_tokens(family, monkeypatch):
+    """Heads of their own, tied ones, logits that are capped, and logits that are scaled."""
+    monkeypatch.setattr("secateur.pruning.divergence.LIKELIEST", 50)
+    model = tiny_model(family)
+    before, token_ids = copy.deepcopy(model.state_dict()), torch.from_numpy(calibration().token_ids)
+    with torch.no_grad():
+        mean = model(token_ids).logits.flatten(0, 1).softmax(-1).mean(0)
+    expected = reference(model, token_ids, 0.5, 1.0, tokens=mean.topk(50).indices)
+    found = measure_divergence(model, find_blocks(model), token_ids, HALVED, 1.0, lambda *_: None)
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=0.02, abs=1e-5)
+    assert list(found.values()) != pytest.approx(list(reference(model, token_ids, 0.5, 1.0).values()), rel=0.02)
+    assert all(torch.equal(before[name], one) for name, one in model.state_dict().items()), "the model is as it was"
 
 
 def test_nothing_is_measured_where_nothing_is_removed(base, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from secateur.checkpoint.format import MANIFEST, read_json
 from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.config import make_recipe
-from secateur.errors import ModelError, OutputError, ResourceError
+from secateur.errors import ConfigError, ModelError, OutputError, ResourceError
 from secateur.models.source import ModelFolder
 from secateur.pruning import divergence, forecast
 from secateur.pruning import prices as prices_module
@@ -126,6 +126,12 @@ def test_the_embedding_is_small_where_that_costs_less_than_pruning(
     assert again.log == {}
     with pytest.raises(OutputError, match="exists"):
         derive_tiny(base, tmp_path / "out", target_size=target)
+    # Nor is it for another size than that of what is there, finished or begun.
+    with pytest.raises(OutputError, match=r"exists, made with another recipe \(sparsity\)"):
+        derive_tiny(base, tmp_path / "out", target_size=target - 4000, resume=True)
+    interrupt(base, tmp_path / "begun", values="int4")
+    with pytest.raises(ConfigError, match=r"was begun with another recipe"):
+        derive_tiny(base, tmp_path / "begun", target_size=target, resume=True)
 
 
 def test_an_interrupted_derivation_keeps_the_way_that_it_was_begun_with(base, tmp_path, monkeypatch):

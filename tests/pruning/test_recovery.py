@@ -393,7 +393,8 @@ def test_the_disk_that_an_interrupted_run_has_taken_is_not_asked_for_again(base,
     assert anew - resumed == pytest.approx(taken, abs=1e6)
 
 
-def test_numbers_that_are_none_end_it(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("values", ["base", "int4", "nl4"])
+def test_numbers_that_are_none_end_it(base, tmp_path, monkeypatch, values):
     real = recovery.distil
 
     def overflowing(model, *arguments, **options):
@@ -402,7 +403,7 @@ def test_numbers_that_are_none_end_it(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(recovery, "distil", overflowing)
     with pytest.raises(ModelError, match="recovery failed at step 0"):
-        derive_tiny(base, tmp_path / "sub", recovery=TEXT)
+        derive_tiny(base, tmp_path / "sub", recovery=TEXT, values=values)
 
 
 def test_rates_rise_and_fall():

@@ -45,6 +45,22 @@ def test_each_sweep_leaves_less_error(values, sparsity):
     assert losses[-1] < (0.65 if sparsity == 0 else 0.85) * loss(nearest, weight, inputs, values)
 
 
+@pytest.mark.parametrize("values", ["int4", "int8", "nl4"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_of_inputs_that_were_always_0_the_nearest_codes_stay(values, sparsity):
+    weight, inputs = layer(width=150, tokens=5000)
+    inputs[:, [3, 17, 149]] = 0
+    found = statistics(inputs)
+    mask = keep_top(weight.abs() * found.input_norms, Target(sparsity))
+    mask[::2, [3, 17]] = True  # as in a row that has more of them than it removes
+    options = {"values": values, "group_size": 32}
+    nearest = quantise(weight, mask, found.sum_squares, **options)
+    settled = settle(LayerProblem.of(weight, found), weight, nearest, mask, **options)
+    assert torch.equal(settled.codes[:, [3, 17, 149]], nearest.codes[:, [3, 17, 149]])
+    assert (settled.codes[:, [3, 17]] != CODEBOOKS[values].removed).any()
+    assert not torch.equal(settled.codes, nearest.codes)
+
+
 def test_a_place_to_begin_that_is_better_than_the_nearest_codes(monkeypatch):
     """Inputs of few directions, as those of language models are."""
     weight, inputs = layer(rows=64, width=150, tokens=5000)

@@ -14,7 +14,15 @@ from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.errors import ConfigError, OutputError
 from secateur.pruning import weight as step
 from tests.pruning.test_reference import reference_masks
-from tests.pruning.tiny_derivation import calibration, contents, derive_tiny, interrupt, masks_and_weights, shards
+from tests.pruning.tiny_derivation import (
+    Interrupt,
+    calibration,
+    contents,
+    derive_tiny,
+    interrupt,
+    masks_and_weights,
+    shards,
+)
 from tests.tiny import save_tiny
 
 GROUPS = {"int8": 128, "int4": 64, "nl4": 64}
@@ -112,6 +120,27 @@ def test_a_damaged_shard_is_made_again(tmp_path):
     start = 8 + int.from_bytes(raw[:8], "little")
     entry = json.loads(raw[8:start])["model.layers.1.mlp.up_proj.weight.scales"]["data_offsets"]
     raw[start + entry[0] : start + entry[1]] = b"\xff" * (entry[1] - entry[0])
+    shard.write_bytes(raw)
+    derive_tiny(base, tmp_path / "out", values="int4", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["header", "scales"])
+def test_a_damaged_outer_shard_is_made_again(base, tmp_path, monkeypatch, damage):
+    derive_tiny(base, tmp_path / "whole", values="int4")
+
+    def stop(*_):
+        raise Interrupt
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr("secateur.pruning.job.finish_submodel", stop)
+        derive_tiny(base, tmp_path / "out", values="int4")
+    shard = max((tmp_path / "out.partial").glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    entry = json.loads(raw[8:start])["model.embed_tokens.weight.scales"]["data_offsets"]
+    first, last = (8, 40) if damage == "header" else (start + entry[0], start + entry[1])
+    raw[first:last] = b"\xff" * (last - first)
     shard.write_bytes(raw)
     derive_tiny(base, tmp_path / "out", values="int4", resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -49,7 +49,7 @@ _RECOVERED = (
 )
 _UNTOUCHED, _ROUNDED = "embeddings and head are those of the parent", "embedding and head are the parent's in {values}"
 _LEARNT, _SAME = "norms and biases inside the blocks have learnt with the weights", "norms are those of the parent"
-_SCALED = "norms are the parent's, but for powers of two that the weights around them make up for"
+_SCALED = "norms are the parent's, with some methods but for powers of two that the weights around them make up for"
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:

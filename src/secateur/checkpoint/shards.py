@@ -94,6 +94,13 @@ def read_shard(path: Path, stored: Stored, dtype: torch.dtype = torch.float32) -
         return {name: shard.floats(name, dtype) for name in shard.tensors}
 
 
+def check_shard(path: Path, stored: Stored) -> None:
+    """Read all of one shard, a tensor at a time; raises `CheckpointError` as `open_shard` and `Shard.floats` do."""
+    with open_shard(path, stored) as shard:
+        for name in shard.tensors:
+            shard.floats(name)
+
+
 @contextmanager
 def open_shard(path: Path, stored: Stored) -> Iterator["Shard"]:
     """Yield a shard whose tensors are read one at a time; `stored` is how they are, from `quantization_config`.

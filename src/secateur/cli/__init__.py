@@ -28,6 +28,9 @@ _GO_ON = {
     "evaluate": "; answers that are finished are kept beside OUT, and the same command goes on with them",
 }
 
+# What torch says, with a RuntimeError, where memory is short; other errors of a device name memory as well.
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
+
 for verb in (
     deriving.derive,
     submodels.inspect,
@@ -67,11 +70,12 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.stderr.write(f"secateur: {error}\n")
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        if debug or not (isinstance(error, MemoryError) or "memory" in str(error).lower()):
+        if debug or not (isinstance(error, MemoryError) or any(one in str(error).lower() for one in _NO_MEMORY)):
             raise
+        less = ", use fewer --samples" if _verb(given) == "derive" else ""
         sys.stderr.write(
-            f"secateur: out of memory ({' '.join(str(error).split())[:200]}); close other programs, use fewer "
-            "--samples, or a larger machine\n"
+            f"secateur: out of memory ({' '.join(str(error).split())[:200]}); close other programs{less}, or take a "
+            "smaller model or a larger machine\n"
         )
         sys.exit(1)
     except OSError as error:  # what a system refuses can happen anywhere: a name too long, a folder that is locked
@@ -83,6 +87,9 @@ def main(arguments: list[str] | None = None) -> Any:
     except (KeyboardInterrupt, SystemExit) as end:  # Typer turns the former into an exit with this code, in silence
         if isinstance(end, SystemExit) and end.code != 130:
             raise
-        verb = next((one for one in given if not one.startswith("-")), "")
-        sys.stderr.write(f"secateur: interrupted{_GO_ON.get(verb, '')}\n")
+        sys.stderr.write(f"secateur: interrupted{_GO_ON.get(_verb(given), '')}\n")
         sys.exit(130)
+
+
+def _verb(given: list[str]) -> str:
+    return next((one for one in given if not one.startswith("-")), "")

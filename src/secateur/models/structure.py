@@ -3,7 +3,7 @@
 A block list is the one `nn.ModuleList` of the decoder with as many blocks as the config has layers. Inside a block
 every `nn.Linear` is prunable and every one-dimensional parameter (norms, biases) is kept; a parameter of any other
 shape belongs to something this version does not understand, and the model is refused with its name. Embeddings,
-head and final norm lie outside the blocks and are never touched.
+head and final norm lie outside the blocks: nothing is ever removed from them.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from secateur.calibration.statistics import InputStatistics
 from secateur.models.products import product_precision
-from secateur.pruning.layer_problem import LayerProblem, refit
+from secateur.pruning.layer_problem import LayerProblem, cholesky, refit
 from secateur.pruning.masks import Target, keep_top
 from secateur.pruning.method import Pruned, register
 
@@ -25,25 +25,29 @@ def admm(weight: Tensor, statistics: InputStatistics | None, target: Target) -> 
     assert statistics is not None  # noqa: S101 - the pipeline gives what `needs` names
     problem = LayerProblem.of(weight, statistics, target.correction)
     best = problem.best_dense()
-    dense, dual = best, torch.zeros_like(best)  # the dual is divided by the penalty
+    dense, dual = best.clone(), torch.zeros_like(best)  # the dual is divided by the penalty
+    sparse, wanted = torch.empty_like(best), torch.empty_like(best)  # used again: fresh memory costs time
     previous = _PENALTIES[0]
     for penalty in _PENALTIES:
         dual *= previous / penalty
         previous = penalty
         raised = problem.gram.clone()
         raised.diagonal().add_(penalty)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(raised))
+        inverse = torch.cholesky_inverse(cholesky(raised))
         for _ in range(_STEPS):
-            sparse, _ = _sparse(dense + dual, target)
+            _sparse(torch.add(dense, dual, out=sparse), wanted, target)
             # Only what parts the copies from the best weight is multiplied: rounding that leaves as small an error.
+            torch.sub(sparse, dual, out=wanted).sub_(best)
             with product_precision("medium", weight.device):
-                dense = torch.addmm(best, sparse - dual - best, inverse, alpha=penalty)
-            dual += dense - sparse
-    sparse, mask = _sparse(dense + dual, target)
+                torch.addmm(best, wanted, inverse, alpha=penalty, out=dense)
+            dual += dense
+            dual -= sparse
+    mask = _sparse(torch.add(dense, dual, out=sparse), wanted, target)
     return Pruned(problem.restored(refit(problem, sparse, mask, _REFIT_STEPS), weight), mask.cpu())
 
 
-def _sparse(weight: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """Return the nearest weight of the sparsity, and its mask."""
-    mask = keep_top(weight.abs(), target).to(weight.device)
-    return weight * mask, mask
+def _sparse(weight: Tensor, scores: Tensor, target: Target) -> Tensor:
+    """Make a weight the nearest one of the sparsity, and return its mask; `scores` is overwritten."""
+    mask = keep_top(torch.abs(weight, out=scores), target).to(weight.device)
+    weight *= mask
+    return mask

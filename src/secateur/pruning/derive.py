@@ -33,7 +33,7 @@ from secateur.pruning.sizing import best_way, sized_recipes
 from secateur.pruning.texts import Texts, check_length
 from secateur.pruning.trials import check_kept, check_search, clear, open_trials, search_folder, searched
 from secateur.pruning.vocabulary import with_vocabulary
-from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder
+from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder, tidy
 
 
 @dataclass(frozen=True)
@@ -285,6 +285,7 @@ def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> S
     shortlist = _shortlist(base, texts.calibration, execution) if recipe.trim_vocabulary else None
     if finished:
         check_finished(target, _plan(base, recipe, texts, shortlist, execution))
+        tidy(target)
         return SubModel(target, read_json(target / MANIFEST), {})
     tokens, threads = texts.calibration.token_ids.size, execution.n_threads
     forecast = forecast_job(base, recipe, tokens, texts.recovery, threads, partial_folder(target), device=device)

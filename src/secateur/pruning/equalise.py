@@ -132,7 +132,8 @@ def find_source(block: nn.Module, linears: Sequence[str], run: Callable[[], Tens
     """
     own = {f"{name}.weight": block.get_parameter(f"{name}.weight").data for name in linears}
     features = own[f"{linears[0]}.weight"].shape[1]
-    exponents = torch.randint(-1, 2, (features,), generator=torch.Generator().manual_seed(0))
+    # As large as they can become: a source behind which values are clamped would pass with smaller ones.
+    exponents = torch.randint(LOWEST, HIGHEST + 1, (features,), generator=torch.Generator().manual_seed(0))
     scaled = {name: louder(one, exponents) for name, one in own.items()}
     before = run()
 

@@ -34,7 +34,7 @@ from secateur.checkpoint.format import (
     dump_json,
     shard_name,
 )
-from secateur.checkpoint.shards import read_shard, write_block_shard, write_outer_shard
+from secateur.checkpoint.shards import check_shard, write_block_shard, write_outer_shard
 from secateur.checkpoint.shortlist import Shortlist
 from secateur.checkpoint.submodel import Provenance, finish_submodel
 from secateur.config import Recipe
@@ -206,7 +206,7 @@ class Job:
         """Return whether an interrupted run has finished all blocks."""
         try:
             for block in self.base.blocks:
-                read_shard(self._shard(self.workspace.folder, block), self._stored())
+                check_shard(self._shard(self.workspace.folder, block), self._stored())
         except CheckpointError:
             return False
         return True
@@ -236,6 +236,7 @@ class Job:
             self.base.reader,
             self.recipe,
             allotment,
+            self.allotment,
             lambda block: self._shard(folder, block),
             self._embed(timings) if needs_data else None,
             self.device,
@@ -298,7 +299,7 @@ class Job:
     def _finish(self) -> dict[str, Any]:
         total = len(self.base.blocks) + 1
         path, reader, stored = self.workspace.folder / shard_name(total, total), self.base.reader, self._stored()
-        if not path.exists():
+        if not _is_whole(path, stored):
             outer = self.base.outer_names()
             with reader:
                 shapes = {name: (reader.shape(name), reader.mapped(name).dtype) for name in outer}
@@ -350,3 +351,15 @@ class Job:
             "machine": platform.platform(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+
+
+def _is_whole(path: Path, stored: Stored) -> bool:
+    """Return whether a shard is there; one that the disk has damaged is deleted, to be made again."""
+    if not path.exists():
+        return False
+    try:
+        check_shard(path, stored)
+    except CheckpointError:
+        path.unlink()
+        return False
+    return True

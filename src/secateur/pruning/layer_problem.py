@@ -12,7 +12,7 @@ The fewer tokens there are for each feature, the less a product of two features 
 the number of features over that of tokens, as of a ridge regression whose error is as large as what it explains.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from secateur.errors import ModelError
 
 DAMPING = 0.01  # of the diagonal, at least (Frantar & Alistarh 2023, section 3.3)
 _MAX_DAMPING = 1.0
+_SINGULAR = "the inputs of a weight have a Gram matrix that cannot be inverted; prune it with wanda"
 
 
 def damping_of(statistics: InputStatistics) -> float:
@@ -44,12 +45,15 @@ class LayerProblem:
         float32 [in_features]: what columns were multiplied with; 1 for inputs that were always 0.
     aim
         float32 [out_features, in_features]: what W G should be. That is V G, but for the drift of the inputs.
+    dead
+        bool [in_features]: the inputs that were always 0.
     """
 
     dense: Tensor
     gram: Tensor
     norms: Tensor
     aim: Tensor
+    dead: Tensor
 
     @classmethod
     def of(cls, weight: Tensor, statistics: InputStatistics, correction: float = DEFAULT_CORRECTION) -> "LayerProblem":
@@ -69,20 +73,23 @@ class LayerProblem:
         if outputs is not None:
             undamped = aim - dense * damping_of(statistics)
             aim += (outputs.to(weight.device) / norms - undamped) * correction
-        return cls(dense, scaled, norms, aim)
+        return cls(dense, scaled, norms, aim, ~alive)
 
     def restored(self, scaled: Tensor, original: Tensor) -> Tensor:
         """Return a scaled weight in the scale and precision of the original.
 
         What belongs to inputs that were always 0 is the original's: nothing is known of it.
         """
-        dead = self.gram.count_nonzero(dim=0) == 1
         found = (scaled / self.norms).to(original.dtype)
-        return torch.where(dead, original, found) if bool(dead.any()) else found
+        return torch.where(self.dead, original, found) if bool(self.dead.any()) else found
+
+    def at_rest(self, weight: Tensor) -> "LayerProblem":
+        """Return the same problem, in which weights of inputs that were always 0 should be those of a scaled weight."""
+        return replace(self, aim=torch.where(self.dead, weight * self.gram.diagonal(), self.aim))
 
     def best_dense(self) -> Tensor:
         """Return the solution without a mask: the dense weight, but for the drift of the inputs."""
-        lower = torch.linalg.cholesky(self.gram.double())
+        lower = cholesky(self.gram.double())
         return torch.cholesky_solve(self.aim.double().T, lower).T.float().contiguous()
 
     def factor(self) -> Tensor:
@@ -107,7 +114,22 @@ class LayerProblem:
                     factor: Tensor = upper.float()
                     return factor
             added = 10 * added or DAMPING
-        raise ModelError("the inputs of a weight have a Gram matrix that cannot be inverted; prune it with wanda")
+        raise ModelError(_SINGULAR)
+
+
+def cholesky(gram: Tensor) -> Tensor:
+    """Return the lower Cholesky factor of a damped Gram matrix.
+
+    Raises
+    ------
+    ModelError
+        When there is none: the inputs are not finite.
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        raise ModelError(_SINGULAR)
+    found: Tensor = lower
+    return found
 
 
 def refit(problem: LayerProblem, scaled: Tensor, mask: Tensor, steps: int) -> Tensor:

@@ -33,7 +33,7 @@ from secateur.pruning.equalise import Inputs, Source, find_source
 from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
 from secateur.pruning.passes import Feed, NoPasses, Passes, StagedPasses, WholePasses, in_stages
-from secateur.pruning.weight import encoding_of, prune_weight
+from secateur.pruning.weight import prune_weight
 
 Progress = Callable[[str, int, int], None]
 
@@ -46,6 +46,8 @@ class BlockRun:
     ----------
     allotment
         Sparsity and encoding of each weight.
+    future
+        The same of weights as they will be stored at last: not rounded yet where they are to learn.
     shard
         Gives the file of a block's shard.
     activations
@@ -61,6 +63,7 @@ class BlockRun:
     reader: WeightReader
     recipe: Recipe
     allotment: Allotment
+    future: Allotment
     shard: Callable[[Block], Path]
     activations: Activations | None
     device: torch.device
@@ -169,7 +172,7 @@ def _shared_inputs(
     statistics: Mapping[str, InputStatistics],
 ) -> tuple[Inputs, ...]:
     """Return the inputs of some linears, made equally loud where their weights become integers."""
-    if not METHODS.get(run.recipe.method).needs_gram or not encoding_of(run.recipe).bits:
+    if not METHODS.get(run.recipe.method).needs_gram or not run.future.encoding.bits:
         return tuple(Inputs((linear,), statistics.get(linear)) for linear in linears)
     groups = {
         id(shared): tuple(linear for linear in linears if statistics[linear] is shared)
@@ -183,9 +186,7 @@ def _shared_inputs(
             run.sources[key] = find_source(module, group, probe)
         shared = Inputs(group, statistics[group[0]])
         sparsity = run.allotment.sparsity[block.weight_name(group[0])]
-        # Weights that learn are rounded after this, and have no groups yet but those of the recipe.
-        sizes = (run.allotment.encoding_of(block.weight_name(linear)).group_size for linear in group)
-        group_size = max(sizes) or run.recipe.group_size or 0
+        group_size = max(run.future.encoding_of(block.weight_name(linear)).group_size for linear in group)
         found.append(shared.equalised(module, run.sources[key], group_size, sparsity))
     return tuple(found)
 

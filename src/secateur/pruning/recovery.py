@@ -133,8 +133,7 @@ def recover(pupil: Pupil, token_ids: Tensor, state: Path, progress: Callable[[in
     saved, pause = time.monotonic(), _SAVE_SECONDS
     for step in range(done, course.steps):
         progress(step, course.steps)
-        if not math.isfinite(course.take(step)):
-            raise ModelError(f"recovery failed at step {step}: its gradients are no numbers; leave --recover out")
+        course.take(step)
         if (began := time.monotonic()) - saved >= pause or step + 1 == course.steps:
             course.save(state, step + 1)
             saved = time.monotonic()
@@ -157,19 +156,20 @@ class _Course:
         vocabulary = pupil.model.config.get_text_config(decoder=True).vocab_size
         self._together = sequences_together(length, vocabulary, pupil.model.dtype.itemsize)
 
-    def take(self, step: int) -> float:
-        """Take one step; return the norm of its gradient."""
+    def take(self, step: int) -> None:
+        """Take one step; raises `ModelError`, before a weight has changed, when its gradient is no number."""
         batch = self._token_ids[step * self._sequences : (step + 1) * self._sequences]
         for part in torch.split(batch, self._together):
             distil(self._pupil.model, self._pupil.parent, part, positions=batch.numel())
             self._gather()
         norm = torch.nn.utils.clip_grad_norm_(list(self._pupil.weights.values()), _LARGEST_NORM)
+        if not math.isfinite(norm):
+            raise ModelError(f"recovery failed at step {step}: its gradients are no numbers; leave --recover out")
         for group in self._optimiser.param_groups:
             group["lr"] = LEARNING_RATE * rate(step, self.steps)
         self._optimiser.step()
         self._optimiser.zero_grad()
         self._pupil.round()
-        return float(norm)
 
     def _gather(self) -> None:
         """Move the gradients of the rounded weights to those in full precision, where the mask keeps them."""

@@ -53,6 +53,7 @@ def settle(
     steps = (spread * problem.norms).T.contiguous()
     steps *= mask.to(device).T  # what is removed, or has no scale, cannot move
     begin = (weight.to(device).float() * problem.norms).T * mask.to(device).T
+    problem = problem.at_rest(begin.T)
     codes = _better_rows(problem, steps, nearest, _in_order(problem, begin.contiguous(), steps, book))
     codes = _descend(problem, codes, steps, book, sweeps)
     return Quantised(book.codes(codes.T.contiguous(), mask.to(device)).cpu(), quantised.scales)

@@ -180,21 +180,39 @@ class Search:
 
     def _best(self, values: Values, embedding: EmbeddingValues, nats: float, allowed: float) -> Trial | None:
         """Try sparsities with these values until there is nothing to gain; return the best trial that is good."""
-        trials = self.trials
-        while (sparsity := propose(trials.of(values, embedding), values, allowed)) is not None:
-            self._try(Trial(values, sparsity, 0.0, embedding), nats)
-            trials.keep_only(best_of(trials.of(values, embedding), allowed))
-        return self._there(best_of(trials.of(values, embedding), allowed))
+
+        def next_of(done: list[Trial]) -> Trial | None:
+            sparsity = propose(done, values, allowed)
+            return None if sparsity is None else Trial(values, sparsity, 0.0, embedding)
+
+        return self._settled(lambda: self.trials.of(values, embedding), next_of, nats, allowed)
 
     def _mixed(self, values: Values, embedding: EmbeddingValues, nats: float, allowed: float) -> Trial | None:
         """Try eight bits for some of the weights where four lose too much with nothing removed, as `_best` does."""
-        trials = self.trials
         if values not in FOUR_BITS or "eight_bits" not in searched(self.recipe):
             return None
-        while (share := propose_eight_bits(trials.unpruned(values, embedding), allowed)) is not None:
-            self._try(Trial(values, 0.0, 0.0, embedding, share), nats)
-            trials.keep_only(best_of(trials.unpruned(values, embedding), allowed))
-        return self._there(best_of(trials.unpruned(values, embedding), allowed))
+
+        def next_of(done: list[Trial]) -> Trial | None:
+            share = propose_eight_bits(done, allowed)
+            return None if share is None else Trial(values, 0.0, 0.0, embedding, share)
+
+        return self._settled(lambda: self.trials.unpruned(values, embedding), next_of, nats, allowed)
+
+    def _settled(
+        self,
+        done: Callable[[], list[Trial]],
+        next_of: Callable[[list[Trial]], Trial | None],
+        nats: float,
+        allowed: float,
+    ) -> Trial | None:
+        """Try what follows from what is done until nothing does; return the best good trial, whose folder is there."""
+        while (trial := next_of(done())) is not None:
+            self._try(trial, nats)
+            self.trials.keep_only(best_of(done(), allowed))
+        best = best_of(done(), allowed)
+        if best is not None and not self.trials.place_of(best).exists():  # measured for another quality, and deleted
+            self._derived(best)
+        return best
 
     def _try(self, trial: Trial, nats: float) -> None:
         """Derive and measure; what the trial says of its loss does not count."""
@@ -202,12 +220,6 @@ class Search:
         self.trials.done.append(replace(trial, loss=loss))
         self.trials.save()
         self.say(f"{_described(trial)} keeps {kept(nats, loss):.4f}; {self.quality} is wanted")
-
-    def _there(self, best: Trial | None) -> Trial | None:
-        """Return the best trial, derived again if it was measured for another quality."""
-        if best is not None and not self.trials.place_of(best).exists():
-            self._derived(best)
-        return best
 
     def _derived(self, trial: Trial) -> Path:
         is_open = "values" in searched(self.recipe)

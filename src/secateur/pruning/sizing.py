@@ -12,7 +12,7 @@ from secateur.pruning.job import forecast_job
 from secateur.pruning.prices import Prices, cheapest, measure_prices
 from secateur.pruning.size import ways
 from secateur.pruning.texts import Texts
-from secateur.pruning.workspace import begun_recipe, check_output, first_difference, partial_folder
+from secateur.pruning.workspace import begun_recipe, check_begun, check_output, first_difference, partial_folder
 
 
 def sized_recipes(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
@@ -27,8 +27,8 @@ def best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts,
 
     Raises
     ------
-    OutputError
-        When the output exists, before anything is measured.
+    OutputError, ConfigError
+        When the output exists, or what is resumed was begun with another recipe: before anything is measured.
     ResourceError
         When the whole model does not fit into memory.
     """
@@ -39,6 +39,8 @@ def best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts,
     known = (*sized, *(one.model_copy(update={"eight_bits": 0.0}) for one in sized if one.eight_bits))
     found = next((one for one in known if not first_difference(begun, {"recipe": one.to_dict()}, begun)), None)
     if found is None:
+        if begun["recipe"] is not None:
+            check_begun(execution.target, begun["recipe"], sized[0].to_dict())
         if not (execution.resume and os.path.lexists(execution.target)):
             check_output(execution.target, resume=execution.resume)
         found = cheapest(sized, lambda: _measured(base, sized, texts, execution))

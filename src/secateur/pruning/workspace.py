@@ -81,14 +81,13 @@ class Workspace:
                 "delete the folder to start afresh"
             ) from None
         if difference := first_difference(old, plan, [key for key in plan if not key.startswith("run_")]):
-            raise ConfigError(
-                f"{str(self.folder)!r} was begun with another {difference}: "
-                "use the same options to resume, or delete the folder to start afresh"
-            )
+            raise _begun_otherwise(self.folder, difference)
         return old
 
     def clean(self) -> None:
         """Remove what an interrupted run left behind beside its state and finished shards."""
+        for path in (self.folder / PRUNED).glob("*.partial-*"):
+            path.unlink()
         for path in self.folder.iterdir():
             if path.name in (STATE, LOCK, PRUNED, RECOVERY, BUDGET):
                 continue
@@ -104,11 +103,16 @@ class Workspace:
                 f"output {str(self.output)!r} appeared while it was derived; the result is in {str(self.folder)!r}"
             )
         shutil.rmtree(self.folder / PRUNED, ignore_errors=True)
-        for name in (ACTIVATIONS, PARENT_ACTIVATIONS, RECOVERY, BUDGET, LOCK):
+        for name in (ACTIVATIONS, PARENT_ACTIVATIONS, RECOVERY, LOCK):
             (self.folder / name).unlink(missing_ok=True)
         self.folder.rename(self.output)
-        # Last: without its state a folder that a kill kept from being renamed could not be resumed.
-        (self.output / STATE).unlink(missing_ok=True)
+        tidy(self.output)
+
+
+def tidy(output: Path) -> None:
+    """Delete from a finished folder what it was resumed by: last, because a kill may keep it from being renamed."""
+    for name in (BUDGET, STATE):
+        (output / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -206,7 +210,25 @@ def check_finished(output: Path, plan: dict[str, Any]) -> None:
     except CheckpointError:
         raise OutputError(f"output {str(output)!r} exists and is no sub-model: name another one") from None
     if difference := first_difference(manifest, plan, ("recipe", "base_model", "calibration", "shortlist", "recovery")):
-        raise OutputError(f"output {str(output)!r} exists, made with another {difference}: name another one")
+        raise _made_otherwise(output, difference)
+
+
+def check_begun(output: Path, begun: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """Raise what resuming with another recipe than a derivation was begun with ends in, before work is done for it."""
+    if difference := first_difference({"recipe": begun}, {"recipe": recipe}, ("recipe",)):
+        finished = os.path.lexists(output)
+        raise _made_otherwise(output, difference) if finished else _begun_otherwise(partial_folder(output), difference)
+
+
+def _made_otherwise(output: Path, difference: str) -> OutputError:
+    return OutputError(f"output {str(output)!r} exists, made with another {difference}: name another one")
+
+
+def _begun_otherwise(folder: Path, difference: str) -> ConfigError:
+    return ConfigError(
+        f"{str(folder)!r} was begun with another {difference}: "
+        "use the same options to resume, or delete the folder to start afresh"
+    )
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> str | None:
