@@ -63,7 +63,7 @@ def main():
     seconds = llama_answers(options, problems, prompts, theirs)
     print(f"llama.cpp: {seconds:.0f} s")
     if not judged.exists():
-        score(theirs, options.task, judged, run_generated_code=True, data=options.data)
+        score(theirs, options.task, judged, run_generated_code=True, data=options.data, cut=True)
 
     ours = options.output / "secateur"
     if not ours.exists():

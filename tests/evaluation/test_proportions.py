@@ -56,6 +56,46 @@ def test_equal_models_do_not_differ():
     assert found.kept.value == 1.0
 
 
+@pytest.mark.parametrize(("solved", "count"), [(30, 60), (5, 60), (0, 60), (60, 60)])
+def test_that_nothing_differs_among_some_problems_does_not_mean_that_nothing_does(solved, count):
+    values = [1] * solved + [0] * (count - solved)
+    found = paired(values, values)
+    assert -0.15 < found.difference.low < -0.005 < 0.005 < found.difference.high < 0.15
+    if solved:
+        assert found.kept is not None
+        assert found.kept.low < 0.99 < 1.01 < found.kept.high
+    lost = paired([0] * count, [1] * solved + [0] * (count - solved)) if solved else None
+    assert lost is None or (lost.kept.low == 0 and lost.kept.high > 0.02)  # type: ignore[union-attr]
+
+
+def test_newcombes_interval_of_a_difference():
+    """Both solve 36, ours alone 12, the other alone 2, neither 0: table II of Newcombe (1998), method 10."""
+    ours, theirs = [1] * 48 + [0] * 2, [1] * 36 + [0] * 12 + [1] * 2
+    found = paired(ours, theirs).difference
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
+
+
+def test_intervals_of_pairs_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(3)
+    chances = np.array([0.42, 0.05, 0.13, 0.40])  # both, ours alone, theirs alone, neither
+    of_difference = of_kept = 0
+    for _ in range(600):
+        kind = rng.choice(4, 100, p=chances)
+        found = paired(kind <= 1, (kind == 0) | (kind == 2))
+        of_difference += found.difference.low <= -0.08 <= found.difference.high
+        assert found.kept is not None
+        of_kept += found.kept.low <= 0.47 / 0.55 <= found.kept.high
+    assert 0.925 <= of_difference / 600 <= 0.985
+    assert 0.925 <= of_kept / 600 <= 0.985
+
+
+@pytest.mark.parametrize("count", [80, 164])
+def test_shares_that_are_kept_are_exact(count):
+    for ours, theirs, kept in ((12, 16, 0.75), (24, 32, 0.75), (57, 76, 0.75), (72, 80, 0.9)):
+        values = [[1] * some + [0] * (count - some) for some in (ours, theirs)]
+        assert paired(*values).kept.value == kept  # type: ignore[union-attr]
+
+
 def test_nothing_is_kept_of_nothing():
     assert paired([1, 0], [0, 0]).kept is None
 

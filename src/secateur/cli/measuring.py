@@ -89,6 +89,9 @@ def score(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it must not exist.")],
     run_generated_code: RunGenerated = False,
     unsafe: Unsafe = False,
+    cut: Annotated[
+        bool, typer.Option("--cut", help="End each completion at the benchmark's stop strings, as a model would.")
+    ] = False,
     workers: Workers = None,
     data: Data = None,
     as_json: Json = False,
@@ -106,6 +109,7 @@ def score(
             unsafe=unsafe,
             data=data,
             workers=workers,
+            cut=cut,
             progress=progress.update,
         )
     console.result(found, render(found), as_json=as_json)

@@ -112,7 +112,9 @@ def evaluate(
     }
     benchmarks = asked.benchmarks()
     hashes = {subject.name: _hashes(subject.folder) for subject in plan.subjects}
+    versions = _versions()
     begun = {"models": hashes, "folders": places(plan), "settings": settings, "benchmarks": benchmarks}
+    begun |= {"asked_with": {one.name: _asked_with(one.folder) for one in plan.subjects}, "versions": versions}
     with _folder(output, begun, resumable=bool(benchmarks)) as folder:
         measuring = Measuring(plan, asked, folder, device, threads, progress)
         measured = [measuring.run(subject, hashes[subject.name]) for subject in plan.subjects]
@@ -126,7 +128,7 @@ def evaluate(
             cells=tuple(cell for row in zip(*columns, strict=True) for cell in row),
             corpora=plan.corpora,
             settings=settings,
-            versions=_versions(),
+            versions=versions,
             benchmarks=benchmarks,
         )
         if folder is not None:
@@ -151,6 +153,15 @@ def _hashes(folder: "ModelFolder") -> dict[str, str]:
     from secateur.files import sha256_file
 
     return {file.name: sha256_file(file) for file in (folder.path / "config.json", *folder.weight_files())}
+
+
+def _asked_with(folder: "ModelFolder") -> dict[str, str]:
+    """Return the hashes of what decides, beside the weights, how a model is asked and when its answers end."""
+    from secateur.files import sha256_file
+
+    patterns = ("tokenizer*", "*template*", "generation_config.json", "special_tokens_map.json", "vocab*", "merges*")
+    files = {file for pattern in patterns for file in folder.path.glob(pattern) if file.is_file()}
+    return {file.name: sha256_file(file) for file in sorted(files)}
 
 
 def _versions() -> dict[str, str]:

@@ -30,9 +30,11 @@ class PairedShare:
     Attributes
     ----------
     difference
-        Mean of this model less that of the other, with its 95% interval from resampled problems.
+        Mean of this model less that of the other, with a 95% interval: where each problem is either solved or not that
+        of Newcombe (1998, method 10), else from resampled problems.
     kept
-        This model's mean over the other's, likewise; None where the other solves nothing.
+        This model's mean over the other's, with that of Donner & Zou (2012) or likewise; None where the other solves
+        nothing.
     p_value
         Of McNemar's exact test, where each problem is either solved or not; else of a sign-flip test.
     """
@@ -78,14 +80,45 @@ def paired(values: ArrayLike, others: ArrayLike) -> PairedShare:
     ours, theirs = np.asarray(values, np.float64), np.asarray(others, np.float64)
     if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
         raise ValueError(f"the same problems are needed, not {ours.shape} beside {theirs.shape}")
+    if bool(np.isin(np.concatenate([ours, theirs]), (0.0, 1.0)).all()):
+        return _paired_whole(ours, theirs)
     means = np.array([(ours[rows].mean(), theirs[rows].mean()) for rows in _rows(len(ours))])
-    differences = _resampled((ours - theirs).mean(), means[:, 0] - means[:, 1])
+    difference = _resampled((ours - theirs).mean(), means[:, 0] - means[:, 1])
+    some = means[means[:, 1] > 0]
+    kept = _resampled(ours.sum() / theirs.sum(), some[:, 0] / some[:, 1]) if theirs.sum() > 0 else None
+    return PairedShare(difference, kept, _sign_flips(ours - theirs))
+
+
+def _paired_whole(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> PairedShare:
+    """Compare problems that are solved or not: from the score intervals of both, and how alike the two are."""
+    count, both = len(ours), int((ours * theirs).sum())
+    one, other = int(ours.sum()), int(theirs.sum())
+    first, second = wilson(one, count), wilson(other, count)
+    alike = _correlation(count, both, one, other)
+    down, up = first.value - first.low, first.high - first.value
+    their_down, their_up = second.value - second.low, second.high - second.value
+    value = (one - other) / count
+    low = value - math.sqrt(down**2 - 2 * alike * down * their_up + their_up**2)
+    high = value + math.sqrt(up**2 - 2 * alike * up * their_down + their_down**2)
     kept = None
-    if theirs.mean() > 0:
-        some = means[means[:, 1] > 0]
-        kept = _resampled(ours.mean() / theirs.mean(), some[:, 0] / some[:, 1])
-    whole = bool(np.isin(np.concatenate([ours, theirs]), (0.0, 1.0)).all())
-    return PairedShare(differences, kept, mcnemar(ours, theirs) if whole else _sign_flips(ours - theirs))
+    if other > 0:
+        # Both ends solve a quadratic: the share r at which the interval of ours - r theirs ends at 0.
+        half = first.value * second.value - alike * down * their_up
+        a, c = second.high * (2 * second.value - second.high), first.low * (2 * first.value - first.low)
+        least = c / (half + math.sqrt(max(0.0, half**2 - a * c))) if c > 0 else 0.0
+        half = first.value * second.value - alike * up * their_down
+        a, c = second.low * (2 * second.value - second.low), first.high * (2 * first.value - first.high)
+        kept = Share(one / other, least, (half + math.sqrt(max(0.0, half**2 - a * c))) / a)
+    return PairedShare(Share(value, low, high), kept, mcnemar(ours, theirs))
+
+
+def _correlation(count: int, both: int, one: int, other: int) -> float:
+    """Return the correlation of solving, towards 0 by what chance may be (Newcombe 1998)."""
+    spread = one * (count - one) * other * (count - other)
+    if spread == 0:
+        return 0.0
+    excess = both * (count - one - other + both) - (one - both) * (other - both)
+    return (max(0.0, excess - count / 2) if excess > 0 else excess) / math.sqrt(spread)
 
 
 def mcnemar(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:

@@ -62,6 +62,8 @@ def parse_requirements(rules: Sequence[str], tasks: Sequence[str], against: obje
 def check_requirements(requirements: Sequence[Requirement], evaluation: Evaluation) -> None:
     """Raise `RequirementError` that names each model that misses a rule, and by how much."""
     missed = []
+    if requirements and all(model.name == evaluation.against for model in evaluation.models):
+        raise RequirementError(f"{requirements[0].rule} holds for nothing: only {evaluation.against} was measured")
     for one in requirements:
         for model in evaluation.models:
             if model.name == evaluation.against:

@@ -65,7 +65,7 @@ def measure_divergence(  # noqa: PLR0917
     ModelError
         When the probabilities are no numbers.
     """
-    token_ids = token_ids[: max(1, TOKENS // token_ids.shape[1]), :TOKENS].to(model.device)
+    token_ids = first_tokens(token_ids).to(model.device)
     received: list[Tensor] = []
     with torch.inference_mode():
         calls = record_inputs(
@@ -90,6 +90,11 @@ def measure_divergence(  # noqa: PLR0917
             hidden = following
         progress(len(blocks), len(blocks))
     return found
+
+
+def first_tokens(token_ids: Tensor) -> Tensor:
+    """Return the sequences of [samples, sequence_length] in which the first `TOKENS` are, one that is longer cut."""
+    return token_ids[: max(1, TOKENS // token_ids.shape[1]), :TOKENS]
 
 
 def parts(block: Block) -> list[tuple[str, ...]]:

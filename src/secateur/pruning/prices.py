@@ -23,7 +23,7 @@ from secateur.models.products import fast_products
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import EIGHT_BITS_FIRST, share_that_is_pruned
-from secateur.pruning.divergence import TOKENS, mean_divergence, spread_logits, summing_squares, wanda_pruned
+from secateur.pruning.divergence import first_tokens, mean_divergence, spread_logits, summing_squares, wanda_pruned
 from secateur.pruning.masks import Target
 from secateur.pruning.method import Method
 from secateur.pruning.methods import METHODS
@@ -129,7 +129,7 @@ def measure_prices(
         When the probabilities are no numbers.
     """
     model = base.loaded(base.tensors(device))
-    token_ids = token_ids[: max(1, TOKENS // token_ids.shape[1]), :TOKENS].to(device)
+    token_ids = first_tokens(token_ids).to(device)
     with torch.inference_mode(), fast_products():
         progress(0, 3)
         with ExitStack() as watching:

@@ -97,14 +97,15 @@ class NativeBatch:
         """Read all prompts, and choose the first token of each text."""
         lengths = [len(prompt) + self._options.max_new_tokens for prompt in self._prompts]
         shared = _common_prefix(self._prompts)
-        first = self._contexts.take(self._prompts[0], lengths[0])
-        contexts = [first, *(self._contexts.new(length) for length in lengths[1:])]
+        # Nothing of the last text is used again: what a batch answers does not depend on what was answered before it.
+        contexts = [self._contexts.new(length) for length in lengths]
+        first = contexts[0]
         self._texts = [
             _Text(context, Sampler(self._options.of_text(index)), self._options.max_new_tokens)
             for index, context in enumerate(contexts)
         ]
         try:
-            if (begin := self._prompts[0][len(first.tokens) : shared]) and len(contexts) > 1:
+            if (begin := self._prompts[0][:shared]) and len(contexts) > 1:
                 self._contexts.prefill(begin, [first] * len(begin), [False] * len(begin), self._cancelled)
             for context in contexts[1:]:
                 context.copy(first, shared)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -11,6 +12,7 @@ from secateur.errors import SandboxError
 from secateur.evaluation.programs.languages import Toolchain, toolchain
 from secateur.evaluation.programs.program import Language
 from secateur.evaluation.sandbox.running import Sandbox
+from tests.evaluation.programs.mini import save_mini
 
 _T = TypeVar("_T")
 
@@ -39,3 +41,9 @@ def toolchain_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     os.environ.pop("SECATEUR_CACHE")
     if before is not None:
         os.environ["SECATEUR_CACHE"] = before
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data folder with the benchmark of `mini`."""
+    return save_mini(tmp_path / "data")

@@ -1,4 +1,8 @@
 import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,11 +96,12 @@ def test_an_answer_ends_where_the_function_does():
 def test_fewer_problems_are_those_of_the_same_numbers():
     problems = {one.task_id: one for one in PROBLEMS}
     some = chosen(problems, 3)
-    renamed = {f"x_{one.task_id.partition('/')[2]}_y": one for one in PROBLEMS}
+    names = {one.task_id: f"x_{one.task_id.partition('/')[2]}_y" for one in PROBLEMS}
+    renamed = {names[one.task_id]: replace(one, task_id=names[one.task_id]) for one in reversed(PROBLEMS)}
     assert list(some) == sorted(some)
     assert list(chosen(problems, 2)) == [one for one in some if one in chosen(problems, 2)]
     assert list(chosen(problems, None)) == list(problems)
-    assert len(chosen(renamed, 3)) == 3
+    assert list(chosen(renamed, 3)) == [names[one] for one in some], "those of a translation have the same numbers"
 
 
 @pytest.mark.parametrize(
@@ -169,6 +174,81 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_files(folder, tmp_path):
     for path in (tmp_path / "whole").rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from secateur.evaluation.harness import evaluate
+from secateur.evaluation.journal import Journal
+from secateur.evaluation.programs.generation import Asking
+
+folder, data, place = map(Path, sys.argv[1:])
+real = Journal.append
+for moment in ("whole", *range(1, 10)):
+    child = os.fork()
+    if child == 0:
+        calls = []
+        def append(self, records):
+            calls.append(1)
+            if len(calls) == moment:
+                self._file.write(b'{"task_id": "Human')  # what a kill may leave of a line
+                self._file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(self, records)
+        Journal.append = append
+        asking = Asking(max_new_tokens=4, batch=2)
+        options = {"data": data, "run_generated_code": True, "asking": asking, "workers": 1, "threads": 1}
+        evaluate([folder], ["humaneval"], output=place / str(moment), **options)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert (moment == "whole") != killed, (moment, status)
+"""
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_files(folder, tmp_path, sandbox):
+    """Killed by SIGKILL before each of three batches of answers and six runs; the next one is a process of its own."""
+    data = save_mini(tmp_path / "data")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(folder), str(data), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    whole = tmp_path / "whole"
+    options = {"data": data, "run_generated_code": True, "asking": Asking(max_new_tokens=4, batch=2), "workers": 1}
+    for moment in map(str, range(1, 10)):
+        assert not (tmp_path / moment).exists()
+        evaluate([folder], ["humaneval"], output=tmp_path / moment, threads=1, **options)
+        for path in whole.rglob("*"):
+            if path.is_file():
+                assert path.read_bytes() == (tmp_path / moment / path.relative_to(whole)).read_bytes(), (moment, path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "generation_config.json"])
+def test_another_template_does_not_go_on_with_an_interrupted_evaluation(folder, tmp_path, file):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    options = {"data": save_mini(tmp_path / "data"), "run_generated_code": True, "asking": Asking(max_new_tokens=4)}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([copy], ["humaneval"], output=tmp_path / "out", **options, progress=stop)
+    content = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps({**content, "something": 1}))
+    with pytest.raises(ConfigError, match="asked_with"):
+        evaluate([copy], ["humaneval"], output=tmp_path / "out", **options)
+
+
+def test_two_seeds_draw_answers_of_their_own(model, tmp_path):
+    one, other = (answers(model, tmp_path / f"{seed}.jsonl", Asking("plain", 6, 1.0, seed, 8, 36)) for seed in (0, 1))
+    drawn = [{(line["task_id"], line["completion"]) for line in lines} for lines in (one, other)]
+    assert len(drawn[0] & drawn[1]) < len(drawn[0]) / 4
 
 
 def test_a_folder_for_answers_is_needed(folder):

@@ -5,19 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from secateur.errors import ConfigError, CorpusError, OutputError, SandboxError, UnknownNameError
+from secateur.errors import ConfigError, OutputError, SandboxError
 from secateur.evaluation.journal import Journal, encode
-from secateur.evaluation.programs.benchmarks import BENCHMARKS, load_benchmark
+from secateur.evaluation.programs.benchmarks import load_benchmark
 from secateur.evaluation.programs.checking import check, check_toolchain
 from secateur.evaluation.programs.installed import outside_usr
 from secateur.evaluation.programs.languages import toolchain
 from secateur.evaluation.programs.program import Program, Verdict
+from secateur.evaluation.programs.samples import Sample
 from secateur.evaluation.programs.score import score
 from secateur.evaluation.programs.scoring import Scorer
 from secateur.evaluation.sandbox.box import Job
 from secateur.evaluation.sandbox.running import Sandbox, Unconfined
 from secateur.files import sha256_file
-from tests.evaluation.programs.mini import RECORDS, save_mini, save_samples
+from tests.evaluation.programs.mini import HONEST, RECORDS, save_samples
 
 RIGHT = [(number, record["canonical_solution"]) for number, record in enumerate(RECORDS)]
 MIXED = [
@@ -27,32 +28,6 @@ MIXED = [
     (4, "    raise OSError(a)\n"),
     (5, "    import os; os.abort()\n"),
 ]
-
-
-HONEST = {
-    "java": (
-        "import java.util.*;\nimport org.javatuples.*;\nclass Problem {\n"
-        "    public static Pair<Long, Long> ends(ArrayList<Long> a) {\n"
-        "        return Pair.with(a.get(0), a.get({index}));\n",
-        "    }\n    public static void main(String[] args) {\n"
-        "        assert(ends(new ArrayList<Long>(Arrays.asList(1l, 2l, 3l))).equals(Pair.with(1l, 3l)));\n    }\n}\n",
-    ),
-    "cpp": (
-        "#include<assert.h>\n#include<bits/stdc++.h>\nlong last(std::vector<long> a) {\n    return a[{index}];",
-        "}\nint main() {\n    auto candidate = last;\n    assert(candidate({1, 2, 3}) == (3));\n}\n",
-    ),
-    "javascript": (
-        "//The last entry.\nfunction last(a) {\n  return [a[{index}]];\n}",
-        "const assert = require('node:assert');\n"
-        "function test() {\n  assert.deepEqual(last([1, 2, 3]), [3]);\n}\ntest();",
-    ),
-    "python": ("def last(a):\n    return a[{index}]\n", "assert last([1, 2, 3]) == 3\n"),
-}
-
-
-@pytest.fixture
-def data(tmp_path):
-    return save_mini(tmp_path / "data")
 
 
 pytestmark = pytest.mark.usefixtures("sandbox")
@@ -316,16 +291,6 @@ def test_what_is_there_is_kept(data, tmp_path):
         score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
 
 
-def test_unknown_and_missing_benchmarks(data, tmp_path, monkeypatch):
-    with pytest.raises(UnknownNameError, match="humaneval"):
-        load_benchmark("humanevil", data)
-    with pytest.raises(CorpusError, match=r"mbpp.jsonl.*--data"):
-        load_benchmark("mbpp", data)
-    (data / "benchmarks" / "humaneval" / "HumanEval.jsonl").write_text('{"task_id": 1}\n')
-    with pytest.raises(CorpusError, match="no problems of humaneval"):
-        load_benchmark("humaneval", data)
-
-
 def test_a_journal_keeps_whole_lines_alone(tmp_path):
     path = tmp_path / "lines.jsonl"
     records = [{"text": "é\ud800\n", "n": 1}, {"text": "", "n": 2}]
@@ -341,44 +306,47 @@ def test_a_journal_keeps_whole_lines_alone(tmp_path):
         assert journal.records == [*records, {"n": 4}]
 
 
-@pytest.mark.parametrize("answer", [None, "    return None\n"])
-def test_the_solutions_of_humaneval_pass_and_others_do_not(answer, sandbox):
-    loaded, tools = load_benchmark("humaneval", None), toolchain("python")
-    problems = list(loaded.problems.values())
-    assert len(problems) == 164
-    passed = [check(one.program(answer or one.solution), tools, sandbox, scale=2).passed for one in problems]
-    assert passed == [answer is None] * len(problems)
+def test_completions_are_run_whole_or_up_to_the_stop_strings(data, tmp_path):
+    """A helper behind the function is part of an answer; a wrong line behind it is, too, unless it is cut off."""
+    helped = "    return helper(a) + b\n\ndef helper(a):\n    return a\n"
+    samples = save_samples(tmp_path / "samples.jsonl", [(0, helped), (1, RIGHT[1][1] + "\nassert add_1(1, 1) == 0\n")])
+    outcomes = {}
+    for cut in (False, True):
+        score(samples, "humaneval", tmp_path / f"{cut}", run_generated_code=True, data=data, cut=cut)
+        lines = (tmp_path / f"{cut}" / "results.jsonl").read_text().splitlines()
+        outcomes[cut] = [json.loads(line)["outcome"] for line in lines]
+    assert outcomes == {False: ["passed", "wrong"], True: ["error", "passed"]}
 
 
-@pytest.mark.parametrize("language", HONEST)
-@pytest.mark.parametrize(("index", "outcome"), [("2", "passed"), ("1", "wrong"), ("2 +", "compile_error")])
-def test_programs_of_each_language(language, index, outcome, sandbox, toolchain_of):
-    code, checks = HONEST[language]
-    program = Program(language, code.replace("{index}", index), checks)
-    assert check(program, toolchain_of(language), sandbox, scale=2).outcome == outcome
+def test_results_of_other_answers_are_not_taken(data, sandbox, tmp_path):
+    problems, tools = load_benchmark("humaneval", data).problems, toolchain("python")
+    scorer = Scorer(problems, tools, sandbox, 1)
+    wrong, right = ([Sample("HumanEval/0", 0, text)] for text in ("    return 0\n", RIGHT[0][1]))
+    with Journal(tmp_path / "results.jsonl") as journal:
+        for samples, outcome in ((wrong, "wrong"), (right, "passed")):
+            scorer.score(samples, journal, lambda *_: None)
+            assert [one["outcome"] for one in journal.records] == [outcome]
 
 
-def test_every_benchmark_has_a_language_that_can_be_run():
-    assert {one.language for one in BENCHMARKS.values()} == {"python", "java", "cpp", "javascript"}
+@pytest.mark.parametrize(("failures", "outcome"), [(1, "passed"), (9, "sandbox_failure")])
+def test_what_could_not_be_run_is_tried_once_more(data, sandbox, tmp_path, monkeypatch, failures, outcome):
+    real, calls = Scorer._run, []
+
+    def failing(self, sample):
+        calls.append(1)
+        return Verdict("sandbox_failure", "", 0.0) if len(calls) <= failures else real(self, sample)
+
+    monkeypatch.setattr(Scorer, "_run", failing)
+    scorer = Scorer(load_benchmark("humaneval", data).problems, toolchain("python"), sandbox, 1)
+    with Journal(tmp_path / "results.jsonl") as journal:
+        scorer.score([Sample("HumanEval/0", 0, RIGHT[0][1])], journal, lambda *_: None)
+        assert [one["outcome"] for one in journal.records] == [outcome]
+    assert len(calls) == 2
 
 
-@pytest.mark.parametrize("family", ["multipl-e", "multipl-e-mbpp"])
-@pytest.mark.parametrize(("language", "short"), [("javascript", "js"), ("java", "java"), ("cpp", "cpp")])
-def test_records_of_multipl_e_are_run_in_their_language(family, language, short, tmp_path):
-    head, checks = HONEST[language]
-    begin, _, answer = head.partition("return ")
-    name = f"{'mbpp' if 'mbpp' in family else 'HumanEval'}_3_last"
-    record = {"name": name, "language": short, "prompt": begin, "tests": checks, "stop_tokens": ["\n//"]}
-    place = tmp_path / "data" / "benchmarks" / "multipl_e"
-    place.mkdir(parents=True)
-    file = f"{'mbpp' if 'mbpp' in family else 'humaneval'}-{short}.jsonl"
-    (place / file).write_text(json.dumps(record) + "\n")
-    answers = [answer.replace("{index}", index) for index in ("2", "0")]
-    lines = [json.dumps({"task_id": name, "sample": n, "completion": f"return {one}"}) for n, one in enumerate(answers)]
-    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
-    task = f"{family}:{language}"
-    found = score(tmp_path / "samples.jsonl", task, tmp_path / "out", run_generated_code=True, data=tmp_path / "data")
-    assert found["pass@1"]["value"] == 0.5
-    outcomes = [json.loads(one)["outcome"] for one in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert outcomes == ["passed", "wrong"]
-    assert load_benchmark(task, tmp_path / "data").problems[name].stop == ("\n//",)
+def test_shared_folders_of_a_home_are_not_shown(monkeypatch, tmp_path):
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
+    assert outside_usr(tmp_path / ".nvm" / "versions" / "v20") == (tmp_path / ".nvm" / "versions" / "v20",)
+    for folder in (tmp_path, tmp_path.parent, tmp_path / ".local"):
+        with pytest.raises(SandboxError, match="your own files"):
+            outside_usr(folder)

@@ -23,10 +23,10 @@ _STOP: dict[Language, tuple[str, ...]] = {
 }
 # Where checks do not close the function, its own end is part of an answer.
 _WHOLE_STOP: dict[Language, tuple[str, ...]] = _STOP | {
-    "java": ("\npublic class ", "\nclass ", "\n    public static void main"),
+    "java": ("\npublic class ", "\nclass "),
     "cpp": ("\nint main(", "\n#include"),
 }
-_MBPP_STOP = ("\nclass ", "\nassert", '\n"""', "\nprint(", "\nif ", "\n#")
+_MBPP_STOP = ("\nclass ", "\nassert", '\n"""', "\nprint(", "\nif ")
 _MBPP_TEST = range(11, 511)  # the test split of Austin et al. 2021
 
 

@@ -1,5 +1,6 @@
 """Answers of a model to the problems of a benchmark, in batches, so that an interruption loses at most one."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from secateur.runtime.loaded import LoadedModel
 from secateur.runtime.options import GenerationOptions
 from secateur.runtime.text import encode_prompt
 
-PROMPTS = "1"  # counts up when what models are asked changes
+PROMPTS = "2"  # counts up when what models are asked changes
 Style = Literal["auto", "plain", "chat"]
 
 
@@ -87,13 +88,21 @@ def generate(
                 [prompts.of(wanted[some][place][0]) for place in places],
                 max_new_tokens=asking.max_new_tokens,
                 temperature=asking.temperature,
-                seed=(asking.seed + some.start) % 2**64,
+                seed=_drawn_seed(asking.seed, some.start),
                 stop=stop,
             )
             texts |= dict(zip(places, answers, strict=True))
-        return [{"sample": number, "completion": texts[place]} for place, (_, number) in enumerate(wanted[some])]
+        return [
+            {"sample": number, "completion": problem.cut(texts[place])}
+            for place, (problem, number) in enumerate(wanted[some])
+        ]
 
     journal.in_batches([problem.task_id for problem, _ in wanted], asking.batch, answer, progress)
+
+
+def _drawn_seed(seed: int, place: int) -> int:
+    """Return the seed of a batch: numbers beside each other would let two seeds draw mostly the same answers."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:8], "little")
 
 
 def _by_stop(batch: Sequence[tuple[Problem, int]]) -> Iterator[tuple[tuple[str, ...], list[int]]]:

@@ -27,6 +27,7 @@ from secateur.evaluation.sandbox.limits import Limits, MiB
 
 WRONG, DOES_NOT_COMPILE = 97, 96  # exit codes of the drivers
 _DRIVERS = files("secateur.evaluation.programs") / "drivers"
+_INCLUDES = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*")  # the first lines of some checks in C++
 _SECONDS = {"python": 5.0, "javascript": 5.0, "java": 15.0, "cpp": 20.0}  # of processor time, with compiling
 # A program that has the classes loaded which the archive is to have.
 _FIRST = "import java.util.*;\nclass Problem { public static void main(String[] x) { assert(x != null); } }\n"
@@ -90,7 +91,7 @@ class Python:
 
 
 class JavaScript:
-    """Node; `require` of the checks has a name that the program cannot know, and node's assert is frozen."""
+    """Node; `require` of the checks has a name that is drawn for this run, and node's assert is frozen."""
 
     language: Language = "javascript"
 
@@ -134,7 +135,10 @@ class Cpp:
     def job(self, program: Program, token: str) -> Job:
         """Return the job of a program: compiled, then run; the source is gone by then."""
         half, body, end = len(token) // 2, *program.checks.rpartition("}")[::2]
+        first = _INCLUDES.match(body)[0]  # type: ignore[index]  # which may have an assert of their own
+        body = body[len(first) :]
         checks = f"""
+{first}
 #undef main
 #undef assert
 #define assert(...) ((__VA_ARGS__) ? (void)0 : (void)(std::fprintf(stderr, "%s\\n", #__VA_ARGS__), std::_Exit({WRONG})))

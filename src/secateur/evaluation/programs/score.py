@@ -30,6 +30,7 @@ def score(
     unsafe: bool = False,
     data: Path | None = None,
     workers: int | None = None,
+    cut: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Run the programs of a file of samples; write results.jsonl, summary.json and manifest.json; return the summary.
@@ -48,6 +49,8 @@ def score(
         Run without a sandbox: whatever a program does, it does to this machine.
     workers
         How many programs run at a time; None means one for each processor.
+    cut
+        Take of each completion what stands before the first of the benchmark's stop strings; without it all is run.
 
     Raises
     ------
@@ -67,6 +70,7 @@ def score(
         "samples_sha256": sha256_file(samples),
         "toolchain": tools.version,
         "sandbox": not unsafe,
+        "cut": cut,
     }
 
     def report(done: int, total: int) -> None:
@@ -75,7 +79,7 @@ def score(
 
     workers = workers or default_workers()
     with working_folder(output, settings) as folder:
-        scorer = Scorer(loaded.problems, tools, runner, workers, slowness(runner, workers))
+        scorer = Scorer(loaded.problems, tools, runner, workers, slowness(runner, workers), cut)
         with Journal(folder / RESULTS) as journal:
             scorer.score(answers, journal, report)
             found = {"task": task, **summary(journal.records, loaded.n_problems)}
@@ -102,4 +106,6 @@ def render(found: dict[str, Any]) -> str:
             low, high = 100 * share["low"], 100 * share["high"]
             lines.append(f"{key}: {100 * share['value']:.1f}% [95% interval {low:.1f}, {high:.1f}]")
     lines += [f"{number} {name}: {OUTCOMES[name]}" for name, number in found["outcomes"].items()]
+    if "sandbox_failure" in found["outcomes"]:
+        lines.append("what could not be run counts as not solved: the figures above are too low")
     return "\n".join(lines) + "\n"

@@ -34,6 +34,8 @@ class Scorer:
         How many run at a time.
     scale
         How much slower than usual this machine is.
+    cut
+        Whether answers end where the benchmark's stop strings begin; those that are generated here do already.
     """
 
     problems: Mapping[str, Problem]
@@ -41,20 +43,25 @@ class Scorer:
     runner: Runner
     workers: int
     scale: float = 1.0
+    cut: bool = False
 
     def score(self, samples: Sequence[Sample], journal: Journal, progress: Callable[[int, int], None]) -> None:
         """Run the answers that a journal does not have yet, and append what came of each in the order of the answers.
 
-        The journal's records are those of the first answers. Answers whose sandbox failed are run again.
+        The journal's records are those of the first answers; from the first on that is of another answer, or whose
+        sandbox failed, all are run again. So are, once, those whose sandbox fails now.
         """
-        failed = [place for place, one in enumerate(journal.records) if one["outcome"] == "sandbox_failure"]
-        journal.keep(failed[0] if failed else None)
-        done = len(journal.records)
-        progress(done, len(samples))
-        for sample, verdict in self._verdicts(samples[done:]):
-            journal.append([result_of(sample, verdict)])
-            done += 1
+        for attempt in range(2):
+            again = (place for place, one in enumerate(journal.records) if not _stands(one, samples[place : place + 1]))
+            journal.keep(next(again, None))
+            done = len(journal.records)
+            if attempt and done == len(samples):
+                return
             progress(done, len(samples))
+            for sample, verdict in self._verdicts(samples[done:]):
+                journal.append([result_of(sample, verdict)])
+                done += 1
+                progress(done, len(samples))
 
     def _verdicts(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Verdict]]:
         with ThreadPoolExecutor(self.workers) as pool:
@@ -74,19 +81,28 @@ class Scorer:
 
     def _run(self, sample: Sample) -> Verdict:
         problem = self.problems[sample.task_id]
-        return check(problem.program(problem.cut(sample.completion)), self.toolchain, self.runner, scale=self.scale)
+        completion = problem.cut(sample.completion) if self.cut else sample.completion
+        return check(problem.program(completion), self.toolchain, self.runner, scale=self.scale)
+
+
+def _stands(record: Mapping[str, Any], samples: Sequence[Sample]) -> bool:
+    """Return whether a line of results is one of this answer, if there is one, and tells what its program did."""
+    return (
+        bool(samples) and record.get("outcome") != "sandbox_failure" and _answer(samples[0]).items() <= record.items()
+    )
+
+
+def _answer(sample: Sample) -> dict[str, Any]:
+    sha256 = hashlib.sha256(sample.completion.encode("utf-8", "surrogatepass")).hexdigest()
+    return {"task_id": sample.task_id, "sample": sample.number, "completion_sha256": sha256}
 
 
 def result_of(sample: Sample, verdict: Verdict) -> dict[str, Any]:
     """Return the line of an answer."""
-    return {
-        "task_id": sample.task_id,
-        "sample": sample.number,
-        "passed": verdict.passed,
-        "outcome": verdict.outcome,
-        "detail": verdict.detail,
-        "completion_sha256": hashlib.sha256(sample.completion.encode("utf-8", "surrogatepass")).hexdigest(),
-    }
+    answer = _answer(sample)
+    sha256 = answer.pop("completion_sha256")
+    found = {"passed": verdict.passed, "outcome": verdict.outcome, "detail": verdict.detail}
+    return {**answer, **found, "completion_sha256": sha256}
 
 
 def scores_of(results: Sequence[Mapping[str, Any]], n_problems: int, style: str = "") -> Scores:

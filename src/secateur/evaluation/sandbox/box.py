@@ -13,7 +13,7 @@ from secateur.evaluation.sandbox.limits import Limits
 
 WORK = "/program-in-a-box"  # the folder of a program, in memory: a name that hides no folder of the host
 _NOBODY = 65534
-_FIRST_USER = 1_900_000_000  # users that no system gives to anybody
+FIRST_USER = 1_900_000_000  # users that no system gives to anybody
 _PASSWD = f"program:x:65534:65534::{WORK}:/bin/false\n".encode()
 # Of /etc: how libraries are found, alternatives of commands, and how Java is set up.
 _SETTINGS = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "java*")
@@ -107,7 +107,7 @@ def _dropped(slot: int) -> list[str]:
     """Return the command by which root becomes a user without rights that nothing else runs as."""
     if os.geteuid() != 0:
         return []
-    user = str(_FIRST_USER + 64 * (os.getpid() % 1_000_000) + slot)
+    user = str(FIRST_USER + 64 * (os.getpid() % 1_000_000) + slot)
     return [
         "setpriv",
         f"--reuid={user}",
@@ -136,8 +136,8 @@ def _system(folders: Sequence[Path]) -> list[str]:
         for parent in list(folder.parents)[-2::-1]:  # which would be nobody's to look into
             shown += ["--perms", "0755", "--dir", str(parent)]
         shown += ["--ro-bind", str(folder), str(folder)]
-    # The folder of shared memory is not writable: what is written there would count for nobody.
-    return [*shown, "--dev", "/dev", "--remount-ro", "/dev", "--proc", "/proc"]
+    # The folder of shared memory is not writable, and no memory is mapped from /dev/zero: it would count for nobody.
+    return [*shown, "--dev", "/dev", "--dev-bind", "/dev/null", "/dev/zero", "--remount-ro", "/dev", "--proc", "/proc"]
 
 
 def environment_in(folder: str) -> dict[str, str]:

@@ -148,14 +148,23 @@ def _read_piece(pipe: IO[bytes], tail: _Tail) -> bool:
 
 
 def _memory(pid: int) -> int:
-    """Return the bytes that a process and its descendants have in memory; what they share counts for each."""
+    """Return the bytes that a process and its descendants have, swapped or not; what they share counts for each."""
     total = 0
     with suppress(psutil.Error):
         parent = psutil.Process(pid)
         for process in [parent, *parent.children(recursive=True)]:
             with suppress(psutil.Error):
-                total += process.memory_info().rss
+                total += process.memory_info().rss + _swapped(process.pid)
     return total
+
+
+def _swapped(pid: int) -> int:
+    """Return the bytes of a process that the system has moved out of memory; 0 where it does not tell."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("VmSwap:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

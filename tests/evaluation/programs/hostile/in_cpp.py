@@ -27,7 +27,7 @@ def _forges(name: str, code: str, outcomes: tuple[str, ...]) -> Hostile:
 PROGRAMS = (
     _tries("read a secret", 'bool attempt() { std::ifstream f("{secret}"); std::string s; f >> s; return s == "SECRET"; }', WRONG),
     _tries("read a secret while compiling", 'bool attempt() {\n#include "{secret}"\nreturn true; }', ("compile_error",)),
-    _tries("compile without end", '#include "/dev/zero"\nbool attempt() { return true; }', ("compile_error", "timeout", "memory")),
+    _tries("compile without end", '#include "/dev/full"\nbool attempt() { return true; }', ("compile_error", "timeout", "memory")),
     _tries(
         "compile a bomb",
         "template <int N> struct B { static constexpr long v = B<N - 1>::v + B<N - 2>::v; };\n"

@@ -22,8 +22,8 @@ PROGRAMS = (
         "connect to a listener on loopback",
         """
 const attempt = () => {
-  const script = "require('net').connect({port}, '127.0.0.1', () => process.exit(7)).on('error', () => process.exit(1))";
-  return require('child_process').spawnSync(process.execPath, ['-e', script], {timeout: 5000}).status === 7;
+  const script = "require('net').connect({port}, '127.0.0.1', () => process.exit(7)).on('error', () => process.exit(3))";
+  return require('child_process').spawnSync(process.execPath, ['-e', script], {timeout: 5000}).status !== 3;  // 3: refused
 };
 """,
         WRONG,

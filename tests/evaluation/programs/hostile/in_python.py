@@ -168,6 +168,7 @@ def attempt():
         lambda: os.memfd_create("x"),
         lambda: mmap.mmap(-1, 1 << 20),
         lambda: ctypes.CDLL(None, use_errno=True).shmget(0, 1 << 20, 0o1600),
+        lambda: mmap.mmap(os.open("/dev/zero", os.O_RDWR), 1 << 20),
     ):
         try:
             made.append(make())
