@@ -46,7 +46,7 @@ def llama_files(options):
     tied = tied_file(parent, folder, options.output / f"{parent.stem}-tied.gguf")
     found = quantised(options, folder, tied, options.types, "")
     if options.smaller_types:
-        smaller = with_vocabulary(folder, parse_mixture(options.domain), options.vocabulary, data=options.data)
+        smaller = with_vocabulary(folder, parse_mixture((options.domain,)), options.vocabulary, data=options.data)
         source = smaller_file(tied, folder, smaller, options.output / f"{parent.stem}-{options.vocabulary}.gguf")
         found |= quantised(options, smaller, source, options.smaller_types, f"-{options.vocabulary}")
     return found
@@ -177,6 +177,8 @@ def main():
     parser.add_argument("--no-speed", action="store_true", help="stop before models are timed: the machine is busy")
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
+    if options.smaller_types and options.vocabulary is None:
+        parser.error("--smaller-types have as many tokens as --vocabulary says: give it")
     options.output.mkdir(parents=True, exist_ok=True)
     os.environ["SECATEUR_CACHE"] = str(options.output.resolve() / "cache")  # a converted file is larger than itself
     options.folder = resolve_model(str(options.parent))

@@ -80,11 +80,8 @@ def smaller_file(tied, folder, smaller, target):
 def write_copy(reader, metadata, content, target):
     """Write the keys of a file, or what `metadata` has in their place, and tensors {name: (blocks, type)}."""
     architecture = reader.get_field("general.architecture").contents()
-    kept = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if not name.startswith("GGUF.") and name != "general.architecture"
-    }
+    gone = ("GGUF.", "general.architecture", *(["tokenizer."] if metadata else []))  # whose ids would be the old ones
+    kept = {name: field.contents() for name, field in reader.fields.items() if not name.startswith(gone)}
     shapes = {one.name: [int(length) for length in reversed(one.shape)] for one in reader.tensors}
     tensors = {
         name: LazyBlocks((len(data), *shapes[name][1:]), kind, lambda data=data: data)

@@ -192,8 +192,8 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
             raise ConfigError(f"{' and '.join(named)} decide the same thing: give one of them")
     if given.keys() & set(_ONE_OF_THESE):
         merged = {key: value for key, value in merged.items() if key not in _ONE_OF_THESE}
-    if _asks_for_other_bits(given):
-        merged.pop("eight_bits", None)  # they fill what the file's own sparsity and values have left
+    if merged.get("eight_bits") and _asks_for_other_bits(given):
+        del merged["eight_bits"]  # they fill what the file's own sparsity and values have left
     if "preset" in given:
         merged.pop("preset", None)
     presets = {**_preset(merged), **_preset(given)}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.checkpoint.format import LOG, MANIFEST
 from secateur.evaluation.asked import plan_asked
 from secateur.evaluation.folder import working_folder
 from secateur.evaluation.measuring import Measuring, Progress, compare_all, places
@@ -159,9 +160,11 @@ def _asked_with(folder: "ModelFolder") -> dict[str, str]:
     """Return the hashes of what decides, beside the weights, how a model is asked and when its answers end."""
     from secateur.files import sha256_file
 
-    patterns = ("tokenizer*", "*template*", "generation_config.json", "special_tokens_map.json", "vocab*", "merges*")
-    files = {file for pattern in patterns for file in folder.path.glob(pattern) if file.is_file()}
-    return {file.name: sha256_file(file) for file in sorted(files)}
+    weights = {*folder.weight_files(), folder.path / "config.json"}
+    names = (MANIFEST, LOG, "README.md", "model.safetensors.index.json")  # which say nothing to a model
+    files = (file for file in sorted(folder.path.rglob("*")) if file.is_file() and file.suffix != ".safetensors")
+    others = (file for file in files if file not in weights and file.name not in names)
+    return {str(file.relative_to(folder.path)): sha256_file(file) for file in others}
 
 
 def _versions() -> dict[str, str]:

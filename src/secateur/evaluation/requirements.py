@@ -34,16 +34,21 @@ class Requirement:
     bound: float
 
 
-def parse_requirements(rules: Sequence[str], tasks: Sequence[str], against: object) -> list[Requirement]:
+def parse_requirements(
+    rules: Sequence[str], tasks: Sequence[str], against: object, models: Sequence[object] = ()
+) -> list[Requirement]:
     """Read rules such as `humaneval>=0.9` or `perplexity:python<=1.2`.
 
     Raises
     ------
     ConfigError
-        For a rule that is none, one about a task that is not measured, or rules without a model to compare with.
+        For a rule that is none, one about a task that is not measured, or rules without a model to compare with, or
+        with none but it.
     """
     if rules and against is None:
         raise ConfigError(f"the rule {rules[0]!r} is about shares of a parent: name it with --against")
+    if rules and models and {str(one) for one in models} == {str(against)}:
+        raise ConfigError(f"the rule {rules[0]!r} is about other models than {str(against)!r}: name one to evaluate")
     found = []
     for rule in rules:
         matched = _RULE.fullmatch(rule.strip())

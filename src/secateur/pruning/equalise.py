@@ -133,22 +133,23 @@ def find_source(block: nn.Module, linears: Sequence[str], run: Callable[[], Tens
     own = {f"{name}.weight": block.get_parameter(f"{name}.weight").data for name in linears}
     features = own[f"{linears[0]}.weight"].shape[1]
     # As large as they can become: a source behind which values are clamped would pass with smaller ones.
-    exponents = torch.randint(LOWEST, HIGHEST + 1, (features,), generator=torch.Generator().manual_seed(0))
-    scaled = {name: louder(one, exponents) for name, one in own.items()}
+    mixed = torch.randint(LOWEST, HIGHEST + 1, (features,), generator=torch.Generator().manual_seed(0))
+    loudest = torch.full_like(mixed, LOWEST)
     before = run()
 
-    def is_same(others: Mapping[str, Tensor]) -> bool:
-        set_parameters(block, {**scaled, **others})
+    def is_same(others: Mapping[str, Tensor], exponents: Tensor) -> bool:
+        scaled = {name: louder(one, exponents) for name, one in own.items()}
+        set_parameters(block, {**scaled, **quieter(others, exponents)})
         return torch.equal(run(), before)
 
     try:
-        if is_same({}):  # the text does not reach these linears, and tells nothing of them
+        if is_same({}, mixed):  # the text does not reach these linears, and tells nothing of them
             return None
         for name in _candidates(block, linears, features):
             source = Source(name, type(block.get_submodule(name)) is nn.Linear)
             parameters = source.parameters(block)
             try:
-                if is_same(quieter(parameters, exponents)):
+                if is_same(parameters, mixed) and is_same(parameters, loudest):
                     return source
             finally:
                 set_parameters(block, parameters)

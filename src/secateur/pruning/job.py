@@ -34,7 +34,7 @@ from secateur.checkpoint.format import (
     dump_json,
     shard_name,
 )
-from secateur.checkpoint.shards import check_shard, write_block_shard, write_outer_shard
+from secateur.checkpoint.shards import check_shard, read_shard, write_block_shard, write_outer_shard
 from secateur.checkpoint.shortlist import Shortlist
 from secateur.checkpoint.submodel import Provenance, finish_submodel
 from secateur.config import Recipe
@@ -206,7 +206,7 @@ class Job:
         """Return whether an interrupted run has finished all blocks."""
         try:
             for block in self.base.blocks:
-                check_shard(self._shard(self.workspace.folder, block), self._stored())
+                read_shard(self._shard(self.workspace.folder, block), self._stored())
         except CheckpointError:
             return False
         return True
@@ -354,7 +354,7 @@ class Job:
 
 
 def _is_whole(path: Path, stored: Stored) -> bool:
-    """Return whether a shard is there; one that the disk has damaged is deleted, to be made again."""
+    """Return whether a shard is there; one that cannot be read is deleted, to be made again."""
     if not path.exists():
         return False
     try:

@@ -5,17 +5,13 @@ magnitudes. Among equal scores the weight with the lower index is removed first,
 sort gives.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.config import DEFAULT_CORRECTION, Granularity
-
-_WORTH_A_THREAD = 2**19  # scores
 
 
 @dataclass(frozen=True)
@@ -60,27 +56,14 @@ def keep_top(score: Tensor, target: Target) -> Tensor:
     if n_removed == 0:
         return torch.ones(score.shape, dtype=torch.bool)
     scores = groups.cpu().contiguous().numpy()
-    threshold = _smallest(scores, n_removed)
+    # The n-th smallest score of each group; numpy's selection is several times faster than torch's kthvalue.
+    threshold = np.partition(scores, n_removed - 1, axis=1)[:, n_removed - 1 : n_removed]
     mask = scores > threshold
     short = (groups.shape[1] - n_removed) - np.count_nonzero(mask, axis=1)
     for row in np.flatnonzero(short):  # groups where some of the scores equal to the threshold are kept
         ties = np.flatnonzero(scores[row] == threshold[row])
         mask[row, ties[len(ties) - short[row] :]] = True
     return torch.from_numpy(mask).reshape(score.shape)
-
-
-def _smallest(scores: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    """Return [groups, 1]: the `count`-th smallest score of each group, found in as many threads as torch has."""
-
-    def found(some: NDArray[np.float32]) -> NDArray[np.float32]:
-        # numpy's selection is several times faster than torch's kthvalue.
-        return np.partition(some, count - 1, axis=1)[:, count - 1 : count]
-
-    threads = min(torch.get_num_threads(), len(scores), scores.size // _WORTH_A_THREAD)
-    if threads <= 1:
-        return found(scores)
-    with ThreadPoolExecutor(threads) as pool:
-        return np.concatenate(list(pool.map(found, np.array_split(scores, threads))))
 
 
 def zero_removed(weight: Tensor, mask: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from secateur.pruning.size import ways
 from secateur.pruning.texts import Texts
 from secateur.pruning.workspace import begun_recipe, check_begun, check_output, first_difference, partial_folder
 
+_KIND = ("values", "group_size", "embedding_values")
+
 
 def sized_recipes(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
     """Return the recipe alone, or those that its target size leaves; raises `ConfigError` when nothing is as small."""
@@ -40,7 +42,9 @@ def best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts,
     found = next((one for one in known if not first_difference(begun, {"recipe": one.to_dict()}, begun)), None)
     if found is None:
         if begun["recipe"] is not None:
-            check_begun(execution.target, begun["recipe"], sized[0].to_dict())
+            kind = tuple(map(begun["recipe"].get, _KIND))
+            likest = next((one for one in sized if tuple(map(one.to_dict().get, _KIND)) == kind), sized[0])
+            check_begun(execution.target, begun["recipe"], likest.to_dict())
         if not (execution.resume and os.path.lexists(execution.target)):
             check_output(execution.target, resume=execution.resume)
         found = cheapest(sized, lambda: _measured(base, sized, texts, execution))

@@ -90,14 +90,13 @@ class NativeBatch:
                     yield text.chosen.popleft()
         finally:
             text.ended = True
-            if index == 0:
-                self._contexts.give_back(text.context)
 
     def _begin(self) -> None:
         """Read all prompts, and choose the first token of each text."""
         lengths = [len(prompt) + self._options.max_new_tokens for prompt in self._prompts]
         shared = _common_prefix(self._prompts)
-        # Nothing of the last text is used again: what a batch answers does not depend on what was answered before it.
+        # What a batch answers does not depend on what was answered before it.
+        self._contexts.forget()
         contexts = [self._contexts.new(length) for length in lengths]
         first = contexts[0]
         self._texts = [

@@ -78,6 +78,11 @@ class Contexts:
             context.copy(idle, known)
         return context
 
+    def forget(self) -> None:
+        """Keep nothing of the last text, nor its memory."""
+        with self._lock:
+            self._idle = None
+
     def give_back(self, context: Context) -> None:
         """Keep a context for the next `take`: the last text is the likeliest to go on."""
         with self._lock:

@@ -64,7 +64,7 @@ class TokenizersCodec:
 class NativeBackend:
     """A model that the native engine runs.
 
-    What the last text has in common with a new prompt is not computed again.
+    What the last text has in common with a new prompt is not computed again, but for a batch, which begins anew.
     """
 
     name = "native"

@@ -12,6 +12,17 @@ from secateur.files import cache_folder
 
 _READY = "ready"
 _SECONDS = 120
+_SHARED = (
+    ".local",
+    ".local/share",
+    ".local/lib",
+    ".local/state",
+    ".config",
+    ".cache",
+    "Documents",
+    "Desktop",
+    "Downloads",
+)
 
 
 def installed(name: str, advice: str) -> Path:
@@ -44,13 +55,13 @@ def outside_usr(*folders: Path) -> tuple[Path, ...]:
     Raises
     ------
     SandboxError
-        When one of them is the user's home, a folder around it, or a hidden one in it that many things share, such as
-        `.local`. What else lies where a compiler is installed is shown with it.
+        When one of them is the user's home, a folder around it, or one in it that many programs keep their files in,
+        such as `.local`. What else lies where a compiler is installed is shown with it.
     """
     home = Path.home().resolve()
     shown = tuple(dict.fromkeys(folder for folder in folders if not folder.is_relative_to("/usr")))
     for folder in shown:
-        if home.is_relative_to(folder) or (folder.parent == home and folder.name.startswith(".")):
+        if home.is_relative_to(folder) or folder in [home / one for one in _SHARED]:
             raise SandboxError(
                 f"to run programs a sandbox would have to be shown {str(folder)!r}, which has your own files: install "
                 "the compiler or interpreter in a folder of its own"

@@ -49,19 +49,16 @@ class Scorer:
         """Run the answers that a journal does not have yet, and append what came of each in the order of the answers.
 
         The journal's records are those of the first answers; from the first on that is of another answer, or whose
-        sandbox failed, all are run again. So are, once, those whose sandbox fails now.
+        sandbox failed, all are run again.
         """
-        for attempt in range(2):
-            again = (place for place, one in enumerate(journal.records) if not _stands(one, samples[place : place + 1]))
-            journal.keep(next(again, None))
-            done = len(journal.records)
-            if attempt and done == len(samples):
-                return
+        again = (place for place, one in enumerate(journal.records) if not _stands(one, samples[place : place + 1]))
+        journal.keep(next(again, None))
+        done = len(journal.records)
+        progress(done, len(samples))
+        for sample, verdict in self._verdicts(samples[done:]):
+            journal.append([result_of(sample, verdict)])
+            done += 1
             progress(done, len(samples))
-            for sample, verdict in self._verdicts(samples[done:]):
-                journal.append([result_of(sample, verdict)])
-                done += 1
-                progress(done, len(samples))
 
     def _verdicts(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Verdict]]:
         with ThreadPoolExecutor(self.workers) as pool:
@@ -81,8 +78,11 @@ class Scorer:
 
     def _run(self, sample: Sample) -> Verdict:
         problem = self.problems[sample.task_id]
-        completion = problem.cut(sample.completion) if self.cut else sample.completion
-        return check(problem.program(completion), self.toolchain, self.runner, scale=self.scale)
+        program = problem.program(problem.cut(sample.completion) if self.cut else sample.completion)
+        verdict = check(program, self.toolchain, self.runner, scale=self.scale)
+        if verdict.outcome == "sandbox_failure":  # a busy machine may have no memory or process left for a moment
+            verdict = check(program, self.toolchain, self.runner, scale=self.scale)
+        return verdict
 
 
 def _stands(record: Mapping[str, Any], samples: Sequence[Sample]) -> bool:
