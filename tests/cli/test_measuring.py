@@ -57,6 +57,14 @@ def test_a_rule_needs_a_parent(inputs, work, capsys):
     assert "--against" in outcome.err
 
 
+def test_a_rule_needs_another_model_than_the_parent(inputs, work, capsys):
+    task = f"perplexity:{inputs / 'text'}"
+    arguments = ["evaluate", inputs / "child", "--against", inputs / "child", "--task", task]
+    outcome = run([*arguments, "--require", f"{task}<=1"], capsys)
+    assert outcome.code == 1
+    assert "is about other models" in outcome.err
+
+
 def test_the_card_gets_the_figures_once_and_the_folder_stays_whole(asked, work, capsys):
     arguments, task = asked
     before = (work / "child" / "README.md").read_text()

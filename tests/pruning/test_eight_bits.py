@@ -176,6 +176,12 @@ def test_over_a_saved_recipe_another_answer_has_a_share_of_its_own(more, tmp_pat
     assert "eight_bits" not in found.model_fields_set
 
 
+def test_over_a_saved_recipe_that_has_none_there_are_none(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("for: python\nsparsity: 0.0\nvalues: nl4\neight_bits: 0.0\n")
+    assert "eight_bits" in make_recipe({"target_size": "3MB"}, file).model_fields_set
+
+
 @pytest.mark.parametrize("more", [{"values": "int4"}, {"sparsity": 0.0}, {"seed": 3}])
 def test_over_a_saved_recipe_the_same_answer_keeps_its_share(more, tmp_path):
     file = tmp_path / "recipe.yaml"

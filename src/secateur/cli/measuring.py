@@ -59,7 +59,7 @@ def evaluate(
     from secateur.evaluation.programs.generation import Asking
     from secateur.evaluation.requirements import check_requirements, parse_requirements
 
-    requirements = parse_requirements(require or (), task, against)
+    requirements = parse_requirements(require or (), task, against, models)
     with console.Progress() as progress:
         evaluation = evaluate_models(
             models,
