@@ -15,4 +15,4 @@ def test_a_script_finds_what_it_imports(path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.__doc__
-    assert path.stem in {"caching", "watching"} or callable(module.main)
+    assert path.stem in {"caching", "llama_files", "watching"} or callable(module.main)

@@ -1,5 +1,6 @@
 """Derivations with fewer tokens: what is recorded, what opens it, going on after an interruption."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -86,8 +87,11 @@ def test_a_sub_model_has_the_tokens_and_the_weights_of_its_parent(base, text, tm
 def test_engines_agree_and_exports_keep_the_tokens(base, text, tmp_path, values):
     derive_recipe(recipe(base, text, values=values), output=tmp_path / "out", threads=1)
     native, torch_ = (secateur.load(tmp_path / "out", engine=engine) for engine in ("native", "torch"))
-    options = {"max_new_tokens": 3, "ignore_eos": True}
-    assert native.generate("while value", **options) == torch_.generate("while value", **options)
+    token_ids = native.tokenizer.encode(TEXT * 3).ids
+    assert token_ids == torch_.tokenizer(TEXT * 3).input_ids
+    ours, theirs = (one.backend.log_likelihood(token_ids, 1)[0] for one in (native, torch_))
+    # One computes in bfloat16, both round activations of integers; a wrong row of the head would be nats away.
+    assert np.abs(ours - theirs).max() < 0.3 < theirs.std()
     export(tmp_path / "out", output=tmp_path / "dense")
     assert read_json(tmp_path / "dense" / "config.json")["vocab_size"] == KEPT
     assert load_tokenizer(tmp_path / "dense").tokenize("value") == ["value"]
