@@ -13,7 +13,7 @@ from secateur.evaluation.programs.installed import outside_usr
 from secateur.evaluation.programs.languages import toolchain
 from secateur.evaluation.programs.program import Program, Verdict
 from secateur.evaluation.programs.samples import Sample
-from secateur.evaluation.programs.score import score
+from secateur.evaluation.programs.score import render, score
 from secateur.evaluation.programs.scoring import Scorer
 from secateur.evaluation.sandbox.box import Job
 from secateur.evaluation.sandbox.running import Sandbox, Unconfined
@@ -353,3 +353,11 @@ def test_shared_folders_of_a_home_are_not_shown(monkeypatch, tmp_path):
     for folder in (tmp_path, tmp_path.parent, tmp_path / ".local", tmp_path / ".local" / "share"):
         with pytest.raises(SandboxError, match="your own files"):
             outside_usr(folder)
+
+
+def test_answers_in_code_blocks_are_told(data, tmp_path):
+    samples = save_samples(tmp_path / "samples.jsonl", [(0, "```python\n    return 1\n```"), RIGHT[1]])
+    found = score(samples, "humaneval", tmp_path / "out", run_generated_code=True, data=data)
+    assert found["in_code_blocks"] == 1
+    assert "1 begin with a code block" in render(found)
+    assert "code block" not in render({key: one for key, one in found.items() if key != "in_code_blocks"})

@@ -12,6 +12,7 @@ from secateur.evaluation.programs.benchmarks import load_benchmark
 from secateur.evaluation.programs.checking import check_toolchain
 from secateur.evaluation.programs.languages import toolchain
 from secateur.evaluation.programs.machine import default_workers, slowness
+from secateur.evaluation.programs.problem import FENCE
 from secateur.evaluation.programs.program import OUTCOMES
 from secateur.evaluation.programs.samples import read_samples
 from secateur.evaluation.programs.scoring import Scorer, summary
@@ -83,6 +84,8 @@ def score(
         with Journal(folder / RESULTS) as journal:
             scorer.score(answers, journal, report)
             found = {"task": task, **summary(journal.records, loaded.n_problems)}
+        if fenced := sum(one.completion.lstrip().startswith(FENCE.strip()) for one in answers):
+            found["in_code_blocks"] = fenced
         atomic_write_bytes(folder / SUMMARY, dump_json(found))
     return found
 
@@ -106,6 +109,10 @@ def render(found: dict[str, Any]) -> str:
             low, high = 100 * share["low"], 100 * share["high"]
             lines.append(f"{key}: {100 * share['value']:.1f}% [95% interval {low:.1f}, {high:.1f}]")
     lines += [f"{number} {name}: {OUTCOMES[name]}" for name, number in found["outcomes"].items()]
+    if "in_code_blocks" in found:
+        lines.append(
+            f"{found['in_code_blocks']} begin with a code block: a completion is what follows the prompt, as code"
+        )
     if "sandbox_failure" in found["outcomes"]:
         lines.append("what could not be run counts as not solved: the figures above are too low")
     return "\n".join(lines) + "\n"
