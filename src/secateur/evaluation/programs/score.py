@@ -1,6 +1,6 @@
 """`secateur score`: whether the programs of a file of samples are right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from secateur.evaluation.programs.languages import toolchain
 from secateur.evaluation.programs.machine import default_workers, slowness
 from secateur.evaluation.programs.problem import FENCE
 from secateur.evaluation.programs.program import OUTCOMES
-from secateur.evaluation.programs.samples import read_samples
+from secateur.evaluation.programs.samples import Sample, read_samples
 from secateur.evaluation.programs.scoring import Scorer, summary
 from secateur.evaluation.sandbox.running import Runner, Sandbox, Unconfined
 from secateur.files import atomic_write_bytes, sha256_file
@@ -83,11 +83,15 @@ def score(
         scorer = Scorer(loaded.problems, tools, runner, workers, slowness(runner, workers), cut)
         with Journal(folder / RESULTS) as journal:
             scorer.score(answers, journal, report)
-            found = {"task": task, **summary(journal.records, loaded.n_problems)}
-        if fenced := sum(one.completion.lstrip().startswith(FENCE.strip()) for one in answers):
-            found["in_code_blocks"] = fenced
+            found = {"task": task, **summary(journal.records, loaded.n_problems), **_not_code(answers)}
         atomic_write_bytes(folder / SUMMARY, dump_json(found))
     return found
+
+
+def _not_code(answers: Sequence[Sample]) -> dict[str, int]:
+    """Return how many answers are in a code block, under the name that a summary has for it; nothing if none is."""
+    blocks = sum(one.completion.lstrip().startswith(FENCE.strip()) for one in answers)
+    return {"in_code_blocks": blocks} if blocks else {}
 
 
 def permitted_runner(*, run_generated_code: bool, unsafe: bool) -> Runner:
@@ -110,9 +114,7 @@ def render(found: dict[str, Any]) -> str:
             lines.append(f"{key}: {100 * share['value']:.1f}% [95% interval {low:.1f}, {high:.1f}]")
     lines += [f"{number} {name}: {OUTCOMES[name]}" for name, number in found["outcomes"].items()]
     if "in_code_blocks" in found:
-        lines.append(
-            f"{found['in_code_blocks']} begin with a code block: a completion is what follows the prompt, as code"
-        )
+        lines.append(f"{found['in_code_blocks']} begin with a code block; a completion is code that follows the prompt")
     if "sandbox_failure" in found["outcomes"]:
         lines.append("what could not be run counts as not solved: the figures above are too low")
     return "\n".join(lines) + "\n"
