@@ -24,6 +24,7 @@ DEFAULT_CORRECTION = 0.5
 # Later tokens rest much of their attention on the first one, which is one of hundreds in a sequence.
 DEFAULT_FIRST_TOKEN_WEIGHT = 100.0
 # Options by what a user asks for, from the cheapest to the one that keeps most; all others and flags win over them.
+# Each names whatever another one does, but for its default: so that one given over a recipe file leaves nothing of it.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "budget": "uniform"},
     "balanced": {"method": "admm", "correction": 0.0, "budget": "uniform"},
@@ -194,8 +195,6 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
         merged = {key: value for key, value in merged.items() if key not in _ONE_OF_THESE}
     if merged.get("eight_bits") and _asks_for_other_bits(given):
         del merged["eight_bits"]  # they fill what the file's own sparsity and values have left
-    if "preset" in given:
-        merged.pop("preset", None)
     presets = {**_preset(merged), **_preset(given)}
     is_named = "budget" in given or ("budget" in merged and "budget" not in _preset(given))
     merged = {**_preset(merged), **merged, **_preset(given), **given}
