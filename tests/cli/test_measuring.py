@@ -76,7 +76,15 @@ def test_the_card_gets_the_figures_once_and_the_folder_stays_whole(asked, work, 
     assert card.count("# What was measured") == 1
     row = next(line for line in card.splitlines() if line.startswith(f"| {task} |"))
     assert " x" in row
+    assert "| | base | this model |" in card
     assert run(["inspect", "child", "--verify"], capsys).code == 0
+
+
+def test_a_card_is_not_compared_with_itself(asked, work, capsys):
+    _, task = asked
+    outcome = run(["evaluate", "child", "--against", "child", "--task", task, "--update-card"], capsys)
+    assert outcome.code == 0, outcome.err
+    assert "| | this model |" in (work / "child" / "README.md").read_text()
 
 
 def test_a_card_whose_section_has_no_end_is_left_alone(asked, work, capsys):

@@ -1,7 +1,9 @@
 import pytest
 
 from secateur.evaluation.perplexity import DocumentLoss, PerplexityComparison, PerplexityResult
+from secateur.evaluation.proportions import Share
 from secateur.evaluation.results import Cell, Evaluation, ModelRecord
+from secateur.evaluation.scores import Scores
 from secateur.evaluation.statistics import Difference
 from secateur.evaluation.tables import _ratio, format_perplexity, render
 
@@ -53,3 +55,20 @@ def test_table():
 )
 def test_ratios_have_three_digits(value, text):
     assert _ratio(value) == text
+
+
+def test_models_that_were_asked_in_different_styles_are_told():
+    def asked(styles):
+        share = {"pass@1": Share(0.5, 0.3, 0.7)}
+        cells = [
+            Cell("humaneval", name, "", Scores("pass@1", share, 2, 2, {}, style=style))
+            for name, style in styles.items()
+        ]
+        models = tuple(ModelRecord(name, False, {}, "", 9) for name in styles)
+        return render(Evaluation(models, ("humaneval",), None, tuple(cells), {}, {}, {})).splitlines()[-1]
+
+    assert asked({"base": "chat", "sub": "chat"}) == "asked: chat"
+    assert asked({"base": "chat", "sub": "plain"}) == (
+        "asked in different styles (chat: base; plain: sub): differences are also of that; "
+        "--prompt-style makes them the same"
+    )

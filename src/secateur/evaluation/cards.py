@@ -21,7 +21,7 @@ def update_cards(evaluation: Evaluation) -> None:
 
 
 def update_card(folder: Path, name: str, evaluation: Evaluation) -> None:
-    """Put the figures of the model called `name`, beside those of its parent, into the card in its folder.
+    """Put the figures of the model called `name`, beside those of the one it was compared with, into the card in its folder.
 
     What an earlier call has put there is replaced. The manifest, which has the card's hash, is written after it; should
     that be kept from happening, the same call mends it.
@@ -45,8 +45,8 @@ def update_card(folder: Path, name: str, evaluation: Evaluation) -> None:
 
 
 def _section(name: str, evaluation: Evaluation) -> str:
-    columns = [one for one in (evaluation.against, name) if one is not None]
-    titles = ["parent", "this model"][-len(columns) :]
+    columns = list(dict.fromkeys(one for one in (evaluation.against, name) if one is not None))
+    titles = ["this model" if one == name else Path(one).name for one in columns]
     lines = ["# What was measured", "", f"| | {' | '.join(titles)} |", f"|{'---|' * (len(columns) + 1)}"]
     for task in evaluation.tasks:
         cells = [format_cell(evaluation.cell(task, column)) for column in columns]

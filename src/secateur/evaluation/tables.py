@@ -109,8 +109,7 @@ def _score_notes(evaluation: "Evaluation") -> list[str]:
         tasks = metrics.setdefault(scores.metric, [])
         tasks += [task] if task not in tasks else []
     lines = [f"%: {metric} of {', '.join(tasks)} [95% interval]" for metric, tasks in metrics.items()]
-    styles = sorted({scores.style for _, scores in found if scores.style})
-    lines += [f"asked: {', '.join(styles)}"] if styles else []
+    lines += _styles(evaluation)
     if any(isinstance(cell.comparison, ScoresComparison) for cell in evaluation.cells):
         lines.append(
             f"+-: points more or less than {evaluation.against} on the same problems [95% interval], "
@@ -129,3 +128,16 @@ def _score_notes(evaluation: "Evaluation") -> list[str]:
     if shortened:
         lines.append(f"{shortened} times the beginning of a question was left out: the model takes no more tokens")
     return lines
+
+
+def _styles(evaluation: "Evaluation") -> list[str]:
+    """Return how models were asked, each apart where that differs: then models are not all that is compared."""
+    styles: dict[str, list[str]] = {}
+    for cell in evaluation.cells:
+        if isinstance(cell.result, Scores) and cell.result.style:
+            models = styles.setdefault(cell.result.style, [])
+            models += [cell.model] if cell.model not in models else []
+    if len(styles) < 2:
+        return [f"asked: {style}" for style in styles]
+    told = "; ".join(f"{style}: {', '.join(models)}" for style, models in sorted(styles.items()))
+    return [f"asked in different styles ({told}): differences are also of that; --prompt-style makes them the same"]

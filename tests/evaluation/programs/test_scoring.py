@@ -361,3 +361,40 @@ def test_answers_in_code_blocks_are_told(data, tmp_path):
     assert found["in_code_blocks"] == 1
     assert "1 begin with a code block" in render(found)
     assert "code block" not in render({key: one for key, one in found.items() if key != "in_code_blocks"})
+
+
+FOREVER = "template<int N, int M> struct A { A<N-1, 2*M> a; A<N-1, 2*M+1> b; }; template<int M> struct A<0, M> {};\n"
+HUGE = "#define A(x) x x x x x x x x x x\n#define B(x) A(A(A(A(A(A(A(x)))))))\n"
+
+
+@pytest.mark.parametrize(
+    ("language", "code", "outcome"),
+    [
+        ("python", "x = [0] * (1 << 40)\n", "memory"),
+        ("javascript", "const a = []; while (true) a.push(new Array(1e6).fill(1.5));", "memory"),
+        ("javascript", "const a = []; while (true) a.push(new ArrayBuffer(1e8));", "memory"),
+        ("javascript", "new Array(-1)", "error"),
+        ("cpp", "long f() { std::vector<long> a; while (true) a.push_back(1);", "memory"),
+        ("cpp", "long f() { long n = -5; return (new long[n])[0];", "crash"),
+        ("cpp", f"{HUGE}long f() {{ B(1;) return 0;", "memory"),
+        ("cpp", "long f() { return 0;", "passed"),
+        (
+            "java",
+            "import java.util.*; class Problem { static long f() {"
+            " List<long[]> a = new ArrayList<>(); while (true) a.add(new long[1000000]);",
+            "memory",
+        ),
+    ],
+)
+def test_memory_that_is_not_to_be_had_is_counted_apart(sandbox, toolchain_of, language, code, outcome):
+    checks = {
+        "cpp": "}\nint main() { assert(f() == 0);\n}\n",
+        "java": "}\npublic static void main(String[] x) { assert(f() == 0); } }\n",
+    }
+    program = Program(language, code, checks.get(language, ""))
+    assert check(program, toolchain_of(language), sandbox, scale=4).outcome == outcome
+
+
+def test_a_compiler_that_takes_too_long_is_a_timeout(sandbox, toolchain_of):
+    program = Program("cpp", f"{FOREVER}long f() {{ A<24, 1> a; return 0;", "}\nint main() {\n}\n")
+    assert check(program, toolchain_of("cpp"), sandbox, scale=0.05).outcome == "timeout"

@@ -1,17 +1,18 @@
 """Whether programs are right: runs them in sandboxes, several at a time, and says what came of each."""
 
 import re
+import signal
 from dataclasses import replace
 
 from secateur.errors import SandboxError
-from secateur.evaluation.programs.languages import DOES_NOT_COMPILE, WRONG, Toolchain, limits_of, new_token
+from secateur.evaluation.programs.languages import DOES_NOT_COMPILE, NO_MEMORY, WRONG, Toolchain, limits_of, new_token
 from secateur.evaluation.programs.program import Language, Outcome, Program, Verdict
 from secateur.evaluation.sandbox.processes import Finished
 from secateur.evaluation.sandbox.running import Runner
 
 _DETAIL = 200  # characters
 _ADDRESS = re.compile(r"0x[0-9a-f]+|(?<=@)[0-9a-f]{4,}")  # of objects: another one in each run
-_TELLING = re.compile(r"^(Exception in .*)?[\w.]*(Error|Exception)\b|\berror:")
+_TELLING = re.compile(r"^(Exception in .*)?[\w.]*(Error|Exception)\b|\berror:|^terminate called")
 _BY_ENDING: dict[str, Outcome] = {
     "killed": "crash",
     "time": "timeout",
@@ -19,7 +20,20 @@ _BY_ENDING: dict[str, Outcome] = {
     "output": "output",
     "failed": "sandbox_failure",
 }
-_BY_CODE: dict[int, Outcome] = {0: "no_verdict", WRONG: "wrong", DOES_NOT_COMPILE: "compile_error"}
+_BY_CODE: dict[int, Outcome] = {
+    WRONG: "wrong", DOES_NOT_COMPILE: "compile_error", NO_MEMORY: "memory",
+}  # fmt: skip
+# What compilers and interpreters say that pass a limit and end in a way of their own. A program that says so itself
+# only says that it has failed.
+_SAID: dict[Outcome, re.Pattern[str]] = {
+    "timeout": re.compile(r"^\S*g\+\+\S*: [a-z ]+: CPU time limit exceeded", re.MULTILINE),
+    "memory": re.compile(
+        r"^(cc1plus: out of memory|virtual memory exhausted|\S*g\+\+\S*: [a-z ]+: Killed signal terminated"
+        r"|terminate called after throwing an instance of 'std::bad_alloc'"
+        r"|FATAL ERROR: .*(heap out of memory|Out of memory))",
+        re.MULTILINE,
+    ),
+}
 
 
 def check(program: Program, toolchain: Toolchain, runner: Runner, *, scale: float = 1.0) -> Verdict:
@@ -29,16 +43,18 @@ def check(program: Program, toolchain: Toolchain, runner: Runner, *, scale: floa
     finished = runner.run(job)
     outcome = _outcome(finished, token)
     # What was written until a limit was passed depends on the clock.
-    detail = "" if finished.ended in ("time", "memory", "output") else _detail(finished)
+    detail = "" if outcome in ("timeout", "memory", "output") else _detail(finished)
     return Verdict(outcome, detail, round(finished.seconds, 3))
 
 
 def _outcome(finished: Finished, token: str) -> Outcome:
-    if finished.ended != "exited":
-        return _BY_ENDING[finished.ended]
-    if finished.code == 0 and token in finished.output.splitlines():
-        return "passed"
-    return _BY_CODE.get(finished.code, "error")
+    if finished.ended == "exited" and finished.code == 0:
+        return "passed" if token in finished.output.splitlines() else "no_verdict"
+    if finished.code in (DOES_NOT_COMPILE, signal.SIGABRT):
+        for outcome, said in _SAID.items():
+            if said.search(finished.errors):
+                return outcome
+    return _BY_CODE.get(finished.code, "error") if finished.ended == "exited" else _BY_ENDING[finished.ended]
 
 
 def _detail(finished: Finished) -> str:

@@ -25,7 +25,7 @@ from secateur.evaluation.programs.program import Language, Program
 from secateur.evaluation.sandbox.box import Job
 from secateur.evaluation.sandbox.limits import Limits, MiB
 
-WRONG, DOES_NOT_COMPILE = 97, 96  # exit codes of the drivers
+WRONG, DOES_NOT_COMPILE, NO_MEMORY = 97, 96, 95  # exit codes of the drivers
 _DRIVERS = files("secateur.evaluation.programs") / "drivers"
 _INCLUDES = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*")  # the first lines of some checks in C++
 _SECONDS = {"python": 5.0, "javascript": 5.0, "java": 15.0, "cpp": 20.0}  # of processor time, with compiling

@@ -30,8 +30,9 @@ public final class Driver {
             checks.setAccessible(true);
             checks.invoke(null, (Object) new String[0]);
         } catch (InvocationTargetException error) {
-            error.getCause().printStackTrace();
-            leave(error.getCause() instanceof AssertionError ? 97 : 1);
+            Throwable cause = error.getCause();
+            cause.printStackTrace();
+            leave(cause instanceof AssertionError ? 97 : cause instanceof OutOfMemoryError ? 95 : 1);
         } catch (ReflectiveOperationException | LinkageError error) {
             error.printStackTrace();
             leave(1);

@@ -36,7 +36,9 @@ Object.defineProperty(globalThis, name, {value: Object.freeze(checked), writable
 
 function failed(error) {
   say(2, `${error && error.stack ? error.stack : error}\n`);
-  leave(error instanceof assert.AssertionError ? 97 : error instanceof SyntaxError ? 96 : 1);
+  if (error instanceof assert.AssertionError) leave(97);
+  if (error instanceof SyntaxError) leave(96);
+  leave(error instanceof RangeError && error.message === 'Array buffer allocation failed' ? 95 : 1);
 }
 process.on('uncaughtException', failed);
 try {

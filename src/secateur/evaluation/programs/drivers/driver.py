@@ -33,10 +33,11 @@ def compiled(name: str) -> types.CodeType:
 
 
 def wrong(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """Tell a check that did not hold from a program that failed."""
+    """Tell a check that did not hold, and memory that was not to be had, from a program that failed."""
+    code = 97 if kind is AssertionError else 96 if issubclass(kind, SyntaxError) else 95 if kind is MemoryError else 1
     sys.__excepthook__(kind, error, trace)
     sys.stderr.flush()
-    os._exit(97 if kind is AssertionError else 96 if issubclass(kind, SyntaxError) else 1)
+    os._exit(code)
 
 
 sys.excepthook = wrong
