@@ -179,6 +179,13 @@ def test_a_program_may_close_its_outputs(sandbox):
     assert check(program, toolchain("python"), sandbox).passed
 
 
+@pytest.mark.parametrize("language", ["python", "javascript"])
+def test_a_program_may_write_much_before_its_checks_hold(language, sandbox, toolchain_of):
+    code = {"python": "print('x' * 9_000_000)", "javascript": "console.log('x'.repeat(9e6));"}[language]
+    for _ in range(4):  # what waits in a pipe is a matter of chance
+        assert check(Program(language, f"{code}\n", ""), toolchain_of(language), sandbox, scale=4).passed
+
+
 def test_lines_end_at_line_feeds_alone(data, tmp_path):
     samples = save_samples(tmp_path / "samples.jsonl", [])
     with Journal(samples) as journal:

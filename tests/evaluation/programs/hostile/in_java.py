@@ -34,7 +34,11 @@ PROGRAMS = (
         "t.setDaemon(true); t.start(); } return true;",
         ("wrong", "error", "crash"),
     ),
-    _tries("allocate 2 GiB", "List<byte[]> all = new ArrayList<>(); for (int i = 0; i < 32; i++) all.add(new byte[64 << 20]); return true;"),
+    _tries(
+        "allocate 2 GiB",
+        "List<byte[]> all = new ArrayList<>(); for (int i = 0; i < 32; i++) all.add(new byte[64 << 20]); return true;",
+        ("memory",),
+    ),
     _tries(
         "allocate 2 GiB outside the heap",
         "List<Object> all = new ArrayList<>(); for (int i = 0; i < 32; i++) { var b = java.nio.ByteBuffer.allocateDirect(64 << 20); "

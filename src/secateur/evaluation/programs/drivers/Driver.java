@@ -32,7 +32,7 @@ public final class Driver {
         } catch (InvocationTargetException error) {
             Throwable cause = error.getCause();
             cause.printStackTrace();
-            leave(cause instanceof AssertionError ? 97 : cause instanceof OutOfMemoryError ? 95 : 1);
+            leave(cause instanceof AssertionError ? 97 : withoutMemory(cause) ? 95 : 1);
         } catch (ReflectiveOperationException | LinkageError error) {
             error.printStackTrace();
             leave(1);
@@ -41,6 +41,11 @@ public final class Driver {
         out.print("\n" + token + "\n");
         out.flush();
         leave(0);
+    }
+
+    /** The same error is raised where one thread more is refused. */
+    private static boolean withoutMemory(Throwable cause) {
+        return cause instanceof OutOfMemoryError && !String.valueOf(cause.getMessage()).contains("native thread");
     }
 
     private static void leave(int code) {

@@ -8,7 +8,8 @@ const assert = require('node:assert');
 const path = require('node:path');
 const token = fs.readFileSync(0, 'utf8');
 const [name] = process.argv.splice(2);
-const say = fs.writeSync;
+const write = fs.writeSync;
+const bytes = Buffer.from;
 const leave = process.reallyExit.bind(process);
 
 function frozen(object) {
@@ -34,6 +35,17 @@ let done = false;
 checked.done = () => { done = true; };
 Object.defineProperty(globalThis, name, {value: Object.freeze(checked), writable: false});
 
+// A pipe that a program has filled takes no more for a while.
+function say(descriptor, text) {
+  const whole = bytes(text);
+  for (let done = 0; done < whole.length;) {
+    try {
+      done += write(descriptor, whole, done);
+    } catch (error) {
+      if (error.code !== 'EAGAIN') throw error;
+    }
+  }
+}
 function failed(error) {
   say(2, `${error && error.stack ? error.stack : error}\n`);
   if (error instanceof assert.AssertionError) leave(97);
