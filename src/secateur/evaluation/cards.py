@@ -21,7 +21,7 @@ def update_cards(evaluation: Evaluation) -> None:
 
 
 def update_card(folder: Path, name: str, evaluation: Evaluation) -> None:
-    """Put the figures of the model called `name`, beside those of the one it was compared with, into the card in its folder.
+    """Put the figures of the model called `name`, beside those it was compared with, into the card in its folder.
 
     What an earlier call has put there is replaced. The manifest, which has the card's hash, is written after it; should
     that be kept from happening, the same call mends it.

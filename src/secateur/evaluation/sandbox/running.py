@@ -4,12 +4,14 @@ import os
 import queue
 import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from secateur.errors import SandboxError
 from secateur.evaluation.sandbox.box import Job, bubblewrap, confined, environment_in
+from secateur.evaluation.sandbox.groups import GROUP_FAILED, find_groups
 from secateur.evaluation.sandbox.processes import Finished, watched
 
 _SLOTS = 64
@@ -26,6 +28,9 @@ class Runner(Protocol):
 class Sandbox:
     """Runs each job in a sandbox of its own, which is gone with everything in it when the job ends.
 
+    Where this machine lets us make control groups each job gets one, which bounds memory and processes as the kernel
+    counts them; `groups` says where they are made, None that there are none.
+
     Raises
     ------
     SandboxError
@@ -37,29 +42,50 @@ class Sandbox:
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(_SLOTS):
             self._slots.put(slot)
-        tried = self.run(Job(("/bin/sh", "-c", f"echo {_ANSWER}")))
+        self.groups = find_groups()
+        tried = self._tried()
+        if self.groups is not None and tried.output.strip() != _ANSWER:
+            self.groups = None  # they may look as if they could be had, and cannot
+            tried = self._tried()
         if tried.output.strip() != _ANSWER:
             raise SandboxError(
                 f"this machine gives no sandbox ({tried.errors.strip() or tried.ended}); it takes a recent bubblewrap, "
                 "and for anybody but root user namespaces that the system allows, which containers often do not"
             )
 
+    def _tried(self) -> Finished:
+        return self.run(Job(("/bin/sh", "-c", f"echo {_ANSWER}")))
+
     def run(self, job: Job) -> Finished:
         """Run a job; `failed` is how it ended where its sandbox could not be set up, twice."""
         slot = self._slots.get()
         try:
             for _ in range(2):
-                with confined(job, slot) as (command, inherited):
-                    # What bubblewrap gets a program can read of it: nothing of ours.
-                    finished = watched(
-                        command, job.limits, given=job.input, inherited=inherited, environment={"PATH": os.defpath}
-                    )
+                finished = self._run(job, slot)
                 # A program can write such a line too, and only says so that it has failed.
-                if not (finished.code == 1 and finished.errors.startswith("bwrap: ")):
+                if not (finished.code == 1 and finished.errors.startswith(("bwrap: ", GROUP_FAILED))):
                     return finished
         finally:
             self._slots.put(slot)
         return replace(finished, ended="failed")
+
+    def _run(self, job: Job, slot: int) -> Finished:
+        with ExitStack() as stack:
+            command, inherited = stack.enter_context(confined(job, slot))
+            group = None
+            if self.groups is not None:
+                try:
+                    group = stack.enter_context(self.groups.group(slot, job.limits))
+                except OSError as error:
+                    return Finished("exited", 1, "", f"{GROUP_FAILED}{error}", 0.0)
+                command = group.joining(command)
+            # What bubblewrap gets a program can read of it: nothing of ours.
+            finished = watched(
+                command, job.limits, given=job.input, inherited=inherited, environment={"PATH": os.defpath}
+            )
+            if group is not None and group.had_no_memory():
+                return replace(finished, ended="memory", code=0)
+            return finished
 
 
 class Unconfined:
