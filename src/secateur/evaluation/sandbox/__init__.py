@@ -14,8 +14,8 @@ What it covers, on Linux with bubblewrap:
 
 What it does not cover: holes in the kernel (a virtual machine would), timing channels, how much of the processor,
 of the caches and of the memory's bandwidth programs take from others while their time lasts, without control groups
-memory of the kernel's own (of open files, sockets, empty files), which nothing but time bounds then, and what may be read of the machine in /usr and
-/proc (versions, processors, load).
+memory of the kernel's own (of open files, sockets, empty files), which nothing but time bounds then, and what may be
+read of the machine in /usr and /proc (versions, processors, load).
 
 Nothing here knows benchmarks or languages. Without a sandbox nothing runs (`SandboxError`), unless the caller asks for
 `Unconfined`, which has the limits and nothing else.
