@@ -3,28 +3,26 @@
     python benchmarks/calibration_table.py MODEL -o OUT [--for python] [--sparsity 0.5] [--preset balanced] \\
         [--seeds 0] [--rows python python:128x512 python=0.8,general=0.2 python=0.5,own=0.5 python=0.5,answers=0.5 ...]
 
-A row is a mixture of domains, with `SAMPLESxLENGTH` behind a colon where that is not 64x512. Two domains are written by
-the parent itself before anything is measured: `own` goes on from the first tokens of calibration documents, at a
-temperature of 1; `answers` are pairs in the model's chat template, the question one of a few about the beginning of
-such a document. Each row is derived for each seed and measured on held-out text of the domain, of other code and of
-plain English: on other documents than those that are reported elsewhere, because a default may be chosen by it. What
-is finished in OUT is used again. Prints perplexities over the parent's, with the lowest and highest seed.
+A row is a mixture of domains, with `SAMPLESxLENGTH` behind a colon where that is not 64x512. The domains `own`,
+`answers` and `functions` are written by the parent itself before anything is measured (`written_text.py`). Each row is
+derived for each seed and measured on held-out text of the domain, of other code and of plain English: on other
+documents than those that are reported elsewhere, because a default may be chosen by it. What is finished in OUT is used
+again. Prints perplexities over the parent's, with the lowest and highest seed.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
 from caching import cached
 from methods_table import span
+from written_text import KINDS, write_text
 
 import secateur
 from secateur.calibration.held_out import held_out_windows
 from secateur.checkpoint.format import LOG, read_json
 from secateur.config import make_recipe
 from secateur.evaluation.perplexity import summarise
-from secateur.files import atomic_write_bytes
 from secateur.models.source import load_tokenizer, resolve_model
 from secateur.pruning.derive import derive_recipe
 
@@ -40,34 +38,9 @@ ROWS = (
     "python=0.5,own=0.5",
     "own",
     "python=0.5,answers=0.5",
+    "python=0.5,functions=0.5",
 )
-BEGINNING, SHOWN = 24, 96  # tokens of a document that the parent goes on from, and is asked about
-QUESTIONS = ("Explain what this code does.", "Write tests for this code.", "Improve this code and explain the changes.")
-WRITTEN = ("own", "answers")
 REPORTED = 8000  # tokens of each domain that other results are reported on
-
-
-def write_text(options, kind, path):
-    """Let the parent write as many tokens as half of the largest row needs, as JSONL."""
-    folder = resolve_model(options.model)
-    tokenizer = load_tokenizer(folder)
-    token_ids = secateur.calibrate(options.domain, tokenizer, samples=96, data=options.data, seed=123).token_ids
-    prompts, length = [], 512 - BEGINNING
-    for number, row in enumerate(token_ids.tolist()):
-        if kind == "own":
-            prompts.append(tokenizer.decode(row[:BEGINNING], skip_special_tokens=True))
-            continue
-        code = tokenizer.decode(row[:SHOWN], skip_special_tokens=True)
-        question = f"{QUESTIONS[number % len(QUESTIONS)]}\n\n```\n{code}\n```"
-        turns = [{"role": "user", "content": question}]
-        prompts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    model, texts = secateur.load(options.model), []
-    for begin in range(0, len(prompts), 32):
-        some = prompts[begin : begin + 32]
-        texts += model.generate_batch(some, max_new_tokens=length, temperature=1.0, seed=begin)
-    lines = [json.dumps({"text": prompt + text}) for prompt, text in zip(prompts, texts, strict=True)]
-    atomic_write_bytes(path, "\n".join(lines).encode())
-    print(f"{kind}: {sum(len(tokenizer.encode(text)) for text in texts)} tokens written", flush=True)
 
 
 def measured(options, model):
@@ -90,7 +63,7 @@ def recipe_of(options, row, seed):
     for entry in mixture.split(","):
         domain, _, weight = entry.partition("=")
         path = options.output / f"{domain}.jsonl"
-        domains.append(f"{path if domain in WRITTEN else domain}={weight or 1}")
+        domains.append(f"{path if domain in KINDS else domain}={weight or 1}")
     return make_recipe(
         {
             "model": options.model,
@@ -134,10 +107,10 @@ def main():
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     options.measured = list(dict.fromkeys([options.domain, "java", "general"]))
-    for kind in WRITTEN:
+    for kind in KINDS:
         path = options.output / f"{kind}.jsonl"
         if any(kind in row for row in options.rows) and not path.exists():
-            write_text(options, kind, path)
+            write_text(options.model, kind, path, domain=options.domain, data=options.data)
     settings = {"limit": options.limit, "model": options.model, "data": str(options.data)}
     path = options.output / "parent.json"
     parent = cached(path, settings, lambda: {"perplexity": measured(options, options.model)})["perplexity"]
