@@ -16,8 +16,8 @@ from pathlib import Path
 
 import secateur
 from secateur.evaluation.journal import Journal
-from secateur.evaluation.programs.benchmarks import load_benchmark
 from secateur.evaluation.programs.generation import Asking, generate
+from secateur.evaluation.programs.loading import load_benchmark
 from secateur.evaluation.programs.run import chosen
 from secateur.evaluation.programs.score import score
 

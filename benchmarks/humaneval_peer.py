@@ -15,8 +15,8 @@ from pathlib import Path
 
 import secateur
 from secateur.evaluation.journal import Journal, read_lines
-from secateur.evaluation.programs.benchmarks import load_benchmark
 from secateur.evaluation.programs.generation import Asking, Prompts
+from secateur.evaluation.programs.loading import load_benchmark
 from secateur.evaluation.programs.problem import FENCE
 from secateur.evaluation.programs.run import chosen, slug
 from secateur.evaluation.programs.score import score

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from secateur.errors import CorpusError
-from secateur.evaluation.programs.benchmarks import BENCHMARKS, load_benchmark
+from secateur.evaluation.programs.benchmarks import BENCHMARKS
 from secateur.evaluation.programs.checking import check
 from secateur.evaluation.programs.languages import toolchain
+from secateur.evaluation.programs.loading import load_benchmark
 from secateur.evaluation.programs.machine import default_workers, slowness
 from secateur.evaluation.sandbox.running import Sandbox
 

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from secateur.errors import CorpusError, UnknownNameError
-from secateur.evaluation.programs.benchmarks import BENCHMARKS, load_benchmark, multipl_e
+from secateur.evaluation.programs.benchmarks import BENCHMARKS, multipl_e
 from secateur.evaluation.programs.checking import check
 from secateur.evaluation.programs.languages import toolchain
+from secateur.evaluation.programs.loading import load_benchmark
 from secateur.evaluation.programs.program import Program
 from secateur.evaluation.programs.score import score
 from tests.evaluation.programs.mini import HONEST
@@ -15,7 +16,9 @@ from tests.evaluation.programs.mini import HONEST
 pytestmark = pytest.mark.usefixtures("sandbox")
 
 
-def test_unknown_and_missing_benchmarks(data, tmp_path, monkeypatch):
+def test_unknown_and_missing_benchmarks(data, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UnknownNameError, match="humaneval"):
         load_benchmark("humanevil", data)
     with pytest.raises(CorpusError, match=r"mbpp.jsonl.*--data"):
@@ -100,3 +103,38 @@ def test_records_of_humaneval_x(record, language, answer, outcome, sandbox, tool
     (problem,) = multipl_e(language)([record])
     program = problem.program(problem.cut(answer or problem.solution))
     assert check(program, toolchain_of(language), sandbox, scale=2).outcome == outcome
+
+
+def test_the_hub_comes_last(data, monkeypatch):
+    asked = []
+    record = {
+        "task_id": 11, "text": "Add.", "code": "def add(a, b):\r\n    return a + b",
+        "test_list": ["assert add(1, 2) == 3"], "test_setup_code": "", "challenge_test_list": [],
+    }  # fmt: skip
+
+    def load_dataset(*name, **settings):
+        asked.append((*name, settings))
+        return [record]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert load_benchmark("humaneval", data).source.startswith(str(data))
+    assert asked == []
+    loaded = load_benchmark("mbpp", data)
+    assert asked == [("google-research-datasets/mbpp", "full", {"split": "test"})]
+    assert list(loaded.problems) == ["MBPP/11"]
+    assert loaded.source == "hub: google-research-datasets/mbpp full"
+    with pytest.raises(CorpusError, match="no problems of multipl-e:python were found"):
+        load_benchmark("multipl-e:python", data)
+    assert len(asked) == 1
+
+
+def test_a_hub_that_gives_nothing_is_told(data, monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no way")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(CorpusError, match=r"tried .*the hub: ConnectionError.*--data"):
+        load_benchmark("mbpp", data)
+    monkeypatch.setattr("secateur.evaluation.programs.loading.find_spec", lambda _: None)
+    with pytest.raises(CorpusError, match="pip install datasets"):
+        load_benchmark("mbpp", data)

@@ -7,10 +7,10 @@ import pytest
 
 from secateur.errors import ConfigError, OutputError, SandboxError
 from secateur.evaluation.journal import Journal, encode
-from secateur.evaluation.programs.benchmarks import load_benchmark
 from secateur.evaluation.programs.checking import check, check_toolchain
 from secateur.evaluation.programs.installed import outside_usr
 from secateur.evaluation.programs.languages import toolchain
+from secateur.evaluation.programs.loading import load_benchmark
 from secateur.evaluation.programs.program import Program, Verdict
 from secateur.evaluation.programs.samples import Sample
 from secateur.evaluation.programs.score import render, score

