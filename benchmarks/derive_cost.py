@@ -50,7 +50,7 @@ MEMORY_SCRIPT = """
 import json, pathlib, sys, tempfile
 import psutil, secateur, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from secateur.files import peak_memory
+from secateur.resources import peak_memory
 from secateur.models.source import load_tokenizer, resolve_model
 from secateur.pruning.derive import derive
 imports = psutil.Process().memory_info().rss

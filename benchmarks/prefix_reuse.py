@@ -13,8 +13,8 @@ import shutil
 import statistics
 import time
 
+from secateur.resources import usable_processors
 from secateur.runtime.loading import load
-from secateur.runtime.threads import usable_threads
 
 
 def prompts(codec, context, appended):
@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--appended", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=usable_threads())
+    parser.add_argument("--threads", type=int, default=usable_processors())
     options = parser.parse_args()
     model = load(options.model, engine="native", threads=options.threads)
     codec = model.backend.codec

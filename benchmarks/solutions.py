@@ -17,8 +17,9 @@ from secateur.evaluation.programs.benchmarks import BENCHMARKS
 from secateur.evaluation.programs.checking import check
 from secateur.evaluation.programs.languages import toolchain
 from secateur.evaluation.programs.loading import load_benchmark
-from secateur.evaluation.programs.machine import default_workers, slowness
+from secateur.evaluation.programs.machine import slowness
 from secateur.evaluation.sandbox.running import Sandbox
+from secateur.resources import usable_processors
 
 NOTHING = {
     "python": "    pass\n",
@@ -30,7 +31,7 @@ NOTHING = {
 
 def outcomes(problems, answers, tools, sandbox, scale):
     begin = time.monotonic()
-    with ThreadPoolExecutor(default_workers()) as pool:
+    with ThreadPoolExecutor(usable_processors()) as pool:
         programs = [problem.program(answer) for problem, answer in zip(problems, answers, strict=True)]
         verdicts = list(pool.map(lambda program: check(program, tools, sandbox, scale=scale), programs))
     return verdicts, (time.monotonic() - begin) / len(problems)
@@ -42,7 +43,7 @@ def main():
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
     sandbox = Sandbox()
-    scale = slowness(sandbox, default_workers())
+    scale = slowness(sandbox, usable_processors())
     for task in options.task:
         try:
             loaded = load_benchmark(task, options.data)

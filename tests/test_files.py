@@ -1,14 +1,13 @@
-"""Files and folders appear whole or not at all, and memory is counted within the container's limit."""
+"""Files and folders appear whole or not at all."""
 
 import hashlib
 from pathlib import Path
 
-import psutil
 import pytest
 
 from secateur import files
 from secateur.errors import OutputError
-from secateur.files import atomic_folder, atomic_write_bytes, available_memory, cache_folder, new_file, sha256_file
+from secateur.files import atomic_folder, atomic_write_bytes, cache_folder, new_file, sha256_file
 
 
 def test_sha256(tmp_path: Path) -> None:
@@ -98,44 +97,3 @@ def test_write_bytes_replaces_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="No space"):
         atomic_write_bytes(path, b"newer")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
-
-
-def group(folder: Path, names: tuple[str, str], limit: str, usage: int, stat: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / names[0]).write_text(limit + "\n")
-    (folder / names[1]).write_text(f"{usage}\n")
-    (folder / "memory.stat").write_text(stat)
-
-
-V2 = ("memory.max", "memory.current")
-V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(files, "CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(files, "PROC_CGROUP", tmp_path / "cgroup")
-    return tmp_path
-
-
-def test_memory_is_capped_by_the_group_and_those_above(root: Path) -> None:
-    (root / "cgroup").write_text("0::/a/b\n")
-    group(root / "a" / "b", V2, "max", 5, "inactive_file 1\n")
-    group(root / "a", V2, "9000", 5000, "anon 1\ninactive_file 1500\n")
-    assert available_memory() == 9000 - 5000 + 1500
-    group(root / "a" / "b", V2, "6000", 5000, "")
-    assert available_memory() == 1000
-    group(root / "a" / "b", V2, "6000", 7000, "")
-    assert available_memory() == 0
-
-
-def test_memory_under_version_1(root: Path) -> None:
-    (root / "cgroup").write_text("5:cpu,cpuacct:/x\n4:memory:/docker/host-only-name\n1:name=systemd:/x\n")
-    group(root / "memory", V1, "10000", 4000, "cache 7\ntotal_inactive_file 200\n")
-    assert available_memory() == 6200
-
-
-def test_memory_without_a_limit_is_what_the_machine_has(root: Path) -> None:
-    assert abs(available_memory() - psutil.virtual_memory().available) < 1 << 30
-    (root / "cgroup").write_text("nonsense\n0::/gone\n")
-    assert abs(available_memory() - psutil.virtual_memory().available) < 1 << 30

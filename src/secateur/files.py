@@ -1,25 +1,18 @@
-"""Files that are either whole or not there: hashes, atomic writes, the cache folder, and how much memory is left.
+"""Files that are either whole or not there: hashes, atomic writes, the cache folder.
 
 Lies beside `errors` and knows nothing about models.
 """
 
-import ctypes
 import errno
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
 from secateur.errors import OutputError
-
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-PROC_CGROUP = Path("/proc/self/cgroup")
 
 
 def sha256_file(path: Path) -> str:
@@ -188,82 +181,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             partial.unlink()
         raise
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that this process can still take.
-
-    That is what the machine has available, capped by what its control group (a container's limit, version 1 or 2,
-    here or in any group above) leaves. Page cache that the kernel can drop counts as available.
-    """
-    available = int(psutil.virtual_memory().available)
-    return max(0, min([available, *_cgroup_headrooms()]))
-
-
-def peak_memory() -> int:
-    """Return the most memory that this process has had resident so far, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike ru_maxrss it does not begin with the peak of the process that started this one
-        lines = (line.split() for line in status.read_text().splitlines())
-        return next(int(line[1]) * 1024 for line in lines if line[0] == "VmHWM:")
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def release_freed_memory() -> None:
-    """Give memory that was freed back to the system, where the C library can be asked to (glibc).
-
-    Its allocator keeps what large temporary tensors leave behind; over many of them that is several hundred megabytes.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _cgroup_headrooms() -> Iterator[int]:
-    """Yield limit minus usage of each control group with a memory limit that this process is in."""
-    try:
-        lines = PROC_CGROUP.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, name = rest.partition(":")
-        if controllers == "":
-            root, limit, usage, cached = CGROUP_ROOT, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            root, limit, usage, cached = (
-                CGROUP_ROOT / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
-        else:
-            continue
-        # Inside a container the name may be that of the host, which does not exist here: its parents are tried as well.
-        folder = root / name.strip("/")
-        for group in (folder, *folder.parents):
-            headroom = _headroom(group, limit, usage, cached)
-            if headroom is not None:
-                yield headroom
-            if group == root:
-                break
-
-
-def _headroom(group: Path, limit: str, usage: str, cached: str) -> int | None:
-    """Return limit - (usage - droppable page cache) in bytes, or None where the group has no limit."""
-    try:
-        most = (group / limit).read_text().strip()
-        used = int((group / usage).read_text())
-        if most == "max":
-            return None
-        statistics = dict(line.split(maxsplit=1) for line in (group / "memory.stat").read_text().splitlines())
-        return int(most) - used + int(statistics.get(cached, 0))
-    except (OSError, ValueError):
-        return None
 
 
 def _refuse_existing(target: Path) -> None:

@@ -18,7 +18,7 @@ from secateur.evaluation.proportions import holm
 from secateur.evaluation.results import Cell, ModelRecord
 from secateur.evaluation.scores import Scores, ScoresComparison, compare_scores
 from secateur.evaluation.tasks import Task
-from secateur.files import release_freed_memory
+from secateur.resources import release_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ import numpy as np
 
 from secateur.errors import CorpusError, ModelError
 from secateur.evaluation.statistics import Difference, ratio, ratio_difference
-from secateur.files import release_freed_memory
+from secateur.resources import release_freed_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -19,7 +19,7 @@ import psutil
 from secateur.errors import ConfigError
 from secateur.evaluation.speed_peers import Peer, find_peer, told_apart
 from secateur.evaluation.speed_worker import Worker
-from secateur.runtime.threads import usable_threads
+from secateur.resources import usable_processors
 
 DECODE_PROMPT = 64  # tokens before those whose decoding is timed
 BUSY = 0.15  # share of the processors that others may use before the figures are called into question
@@ -131,7 +131,7 @@ def benchmark(
     """
     if rounds < 1 or new_tokens < 1 or batch < 1 or min(prompt_lengths, default=1) < 1:
         raise ConfigError("rounds, prompt lengths, new tokens and batch have to be at least 1")
-    count = threads or usable_threads()
+    count = threads or usable_processors()
     path = Path(submodel)
     peers = told_apart([Peer(path.name, "auto", str(submodel)), *(find_peer(spec, path) for spec in against)])
     questions = _questions(prompt_lengths, new_tokens, batch)

@@ -24,13 +24,14 @@ from secateur.checkpoint.format import (
 )
 from secateur.config import Recipe
 from secateur.errors import CheckpointError
-from secateur.files import atomic_write_bytes, release_freed_memory
+from secateur.files import atomic_write_bytes
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS, Divergence, worth_most
 from secateur.pruning.divergence import Change, measure_divergence, wanda_pruned
 from secateur.pruning.masks import Target
 from secateur.pruning.size import eight_bits_bytes, weight_bytes
 from secateur.pruning.weight import encoding_of, is_unmasked, rounded
+from secateur.resources import release_freed_memory
 
 _LEAST = 0.45  # of a sparsity at which parts are measured: what they lose below it is little beside the noise
 

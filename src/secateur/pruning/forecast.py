@@ -10,8 +10,8 @@ from pathlib import Path
 
 from secateur.checkpoint.format import PRUNED, RECOVERY
 from secateur.errors import ResourceError
-from secateur.files import available_memory
 from secateur.pruning.demand import Demand
+from secateur.resources import available_memory
 
 # Share of the memory that is free now which a derivation may plan with; the rest is for the machine.
 MEMORY_SHARE = 0.85

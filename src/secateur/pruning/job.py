@@ -39,7 +39,7 @@ from secateur.checkpoint.shortlist import Shortlist
 from secateur.checkpoint.submodel import Provenance, finish_submodel
 from secateur.config import Recipe
 from secateur.errors import CheckpointError, ModelError
-from secateur.files import atomic_write_bytes, peak_memory
+from secateur.files import atomic_write_bytes
 from secateur.models.products import fast_products
 from secateur.models.replay import record_inputs
 from secateur.models.structure import Block, embedding_weights
@@ -58,6 +58,7 @@ from secateur.pruning.recovery import Pupil, recover
 from secateur.pruning.size import Footprint
 from secateur.pruning.weight import dense_encoding_of, encoding_of, pack_weight
 from secateur.pruning.workspace import Workspace
+from secateur.resources import peak_memory
 
 TOKENS_PER_BATCH = 2048  # in one forward pass over the calibration set
 VALUE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -24,7 +24,6 @@ from secateur.checkpoint.dense import DenseWeight
 from secateur.checkpoint.shards import read_shard, write_block_shard
 from secateur.config import Recipe
 from secateur.errors import CheckpointError, ModelError
-from secateur.files import release_freed_memory
 from secateur.models.structure import Block
 from secateur.models.weights import WeightReader, drop_parameters, set_parameters
 from secateur.pruning.activations import Activations
@@ -34,6 +33,7 @@ from secateur.pruning.masks import Target
 from secateur.pruning.methods import METHODS
 from secateur.pruning.passes import Feed, NoPasses, Passes, StagedPasses, WholePasses, in_stages
 from secateur.pruning.weight import prune_weight
+from secateur.resources import release_freed_memory
 
 Progress = Callable[[str, int, int], None]
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from secateur.checkpoint.format import DENSE_ENCODINGS, INTEGER_BITS
 from secateur.config import FOUR_BITS, Recipe
 from secateur.errors import ModelError
-from secateur.files import release_freed_memory
 from secateur.models.products import fast_products
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
@@ -28,6 +27,7 @@ from secateur.pruning.masks import Target
 from secateur.pruning.method import Method
 from secateur.pruning.methods import METHODS
 from secateur.pruning.weight import rounded
+from secateur.resources import release_freed_memory
 
 _HALF = 0.5
 # Over the square root of what half of the weights cost with Wanda (where that is twice as much, these are hardly more):

@@ -20,11 +20,11 @@ from secateur.calibration.spans import Tokenizer
 from secateur.checkpoint.opened import open_submodel
 from secateur.checkpoint.shards import read_shard
 from secateur.errors import ConfigError, CorpusError, ModelError
-from secateur.files import release_freed_memory
 from secateur.models.likelihood import token_log_likelihood
 from secateur.pruning.base import Base
 from secateur.pruning.prices import round_embedding
 from secateur.pruning.texts import Texts
+from secateur.resources import release_freed_memory
 
 SAMPLES = 32  # sequences that quality is measured on
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.errors import ConfigError, ResourceError
-from secateur.files import available_memory
+from secateur.resources import available_memory
 from secateur.runtime.architecture import Architecture
 from secateur.runtime.cancelling import Cancelled, IsCancelled
 from secateur.runtime.contexts import Context, Contexts

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from secateur.checkpoint.format import check_quantization_config, read_json
 from secateur.errors import CheckpointError, ConfigError, ModelError, NativeCodeError
+from secateur.resources import usable_processors
 from secateur.runtime.architecture import Architecture, NotNativeError, read_architecture
 from secateur.runtime.batch import NativeBatch, check_memory
 from secateur.runtime.cancelling import Cancelled, IsCancelled
@@ -23,7 +24,6 @@ from secateur.runtime.native_model import NativeModel
 from secateur.runtime.options import GenerationOptions
 from secateur.runtime.sampling import Sampler
 from secateur.runtime.text import check_scored
-from secateur.runtime.threads import usable_threads
 
 if TYPE_CHECKING:
     from secateur.models.source import ModelFolder
@@ -196,7 +196,7 @@ def open_native(folder: "ModelFolder", *, threads: int | None = None) -> NativeB
     config = read_json(folder.path / "config.json")
     stored = check_quantization_config(config["quantization_config"]) if folder.is_submodel() else None
     codec, end_ids = _read_tokenizer(folder, config)
-    model = NativeModel(architecture, folder.weight_files(), stored, threads or usable_threads())
+    model = NativeModel(architecture, folder.weight_files(), stored, threads or usable_processors())
     return NativeBackend(model, codec, end_ids)
 
 

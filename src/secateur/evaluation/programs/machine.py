@@ -1,6 +1,5 @@
 """How fast this machine runs programs, so that a slow one does not fail what another one passes."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 from secateur.errors import SandboxError
@@ -33,8 +32,3 @@ def slowness(runner: Runner, workers: int) -> float:
     if not seconds:
         raise SandboxError(f"{python.version} does not run in the sandbox: it wrote nothing")
     return max(1.0, round(min(seconds) / _REFERENCE, 2))
-
-
-def default_workers() -> int:
-    """Return how many programs run at a time: one for each processor that this process may use."""
-    return max(1, len(os.sched_getaffinity(0)))

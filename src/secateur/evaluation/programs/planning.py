@@ -9,10 +9,11 @@ from secateur.evaluation.programs.checking import check_toolchain
 from secateur.evaluation.programs.generation import PROMPTS, Asking
 from secateur.evaluation.programs.languages import toolchain
 from secateur.evaluation.programs.loading import load_benchmark
-from secateur.evaluation.programs.machine import default_workers, slowness
+from secateur.evaluation.programs.machine import slowness
 from secateur.evaluation.programs.run import Programs, chosen
 from secateur.evaluation.programs.score import permitted_runner
 from secateur.evaluation.sandbox.running import Sandbox
+from secateur.resources import usable_processors
 
 
 def plan_programs(
@@ -43,7 +44,7 @@ def plan_programs(
     tools = {task: toolchain(one.benchmark.language) for task, one in loaded.items()}
     for one in {one.language: one for one in tools.values()}.values():
         check_toolchain(one, runner)
-    workers = workers or default_workers()
+    workers = workers or usable_processors()
     asked = {task: replace(one, problems=chosen(one.problems, problems)) for task, one in loaded.items()}
     return Programs(asked, tools, asking, runner, workers, slowness(runner, workers))
 

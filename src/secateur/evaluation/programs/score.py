@@ -11,13 +11,14 @@ from secateur.evaluation.journal import Journal
 from secateur.evaluation.programs.checking import check_toolchain
 from secateur.evaluation.programs.languages import toolchain
 from secateur.evaluation.programs.loading import load_benchmark
-from secateur.evaluation.programs.machine import default_workers, slowness
+from secateur.evaluation.programs.machine import slowness
 from secateur.evaluation.programs.problem import FENCE
 from secateur.evaluation.programs.program import OUTCOMES
 from secateur.evaluation.programs.samples import Sample, read_samples
 from secateur.evaluation.programs.scoring import Scorer, summary
 from secateur.evaluation.sandbox.running import Runner, Sandbox, Unconfined
 from secateur.files import atomic_write_bytes, sha256_file
+from secateur.resources import usable_processors
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
 
@@ -78,7 +79,7 @@ def score(
         if progress is not None:
             progress(task, done, total)
 
-    workers = workers or default_workers()
+    workers = workers or usable_processors()
     with working_folder(output, settings) as folder:
         scorer = Scorer(loaded.problems, tools, runner, workers, slowness(runner, workers), cut)
         with Journal(folder / RESULTS) as journal:

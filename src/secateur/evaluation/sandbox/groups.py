@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from secateur.evaluation.sandbox.limits import Limits, MiB
-from secateur.files import CGROUP_ROOT, PROC_CGROUP
+from secateur.resources import CGROUP_ROOT, PROC_CGROUP
 
 _NAME = "secateur-program"
 _SPARE_PROCESSES = 8  # bubblewrap's own, and what starts it
