@@ -267,6 +267,17 @@ def test_a_sandbox_that_fails_later_is_counted_apart(sandbox, monkeypatch):
     assert verdict.outcome == "sandbox_failure"
 
 
+def test_a_program_cannot_say_that_its_sandbox_failed(sandbox):
+    code = "import os\nos.write(2, b'bwrap: no\\n')\nos._exit(1)\n"
+    assert check(Program("python", code, ""), toolchain("python"), sandbox).outcome == "error"
+
+
+def test_a_program_inherits_nothing_but_its_outputs(sandbox):
+    found = sandbox.run(Job(("/bin/ls", "/proc/self/fd")))
+    assert found.output.split()[:3] == ["0", "1", "2"]
+    assert len(found.output.split()) == 4, "and the folder that ls reads"
+
+
 def test_unsafe_runs_without_a_sandbox_and_keeps_limits():
     tools, runner = toolchain("python"), Unconfined()
     assert check(Program("python", "x = 1", "assert x == 1\n"), tools, runner).passed

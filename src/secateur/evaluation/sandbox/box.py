@@ -68,14 +68,46 @@ def bubblewrap() -> str:
     return found
 
 
+@dataclass(frozen=True)
+class Box:
+    """What runs a job in a sandbox.
+
+    Attributes
+    ----------
+    command, inherited
+        The command, and the descriptors that it inherits.
+    status
+        The end of a pipe from which `was_entered` is read.
+    """
+
+    command: list[str]
+    inherited: tuple[int, ...]
+    status: int
+
+    def was_entered(self) -> bool:
+        """Return whether a command that has ended by itself had set up its sandbox and run the job in it.
+
+        Only bubblewrap can say so, not the program: the job does not inherit that pipe.
+        """
+        os.set_blocking(self.status, False)
+        try:
+            return b'"exit-code"' in os.read(self.status, 4096)
+        except BlockingIOError:
+            return False
+
+
 @contextmanager
-def confined(job: Job, slot: int) -> Iterator[tuple[list[str], tuple[int, ...]]]:
-    """Give the command that runs a job in a sandbox, and the descriptors that it inherits.
+def confined(job: Job, slot: int) -> Iterator[Box]:
+    """Give what runs a job in a sandbox.
 
     `slot` is a small number that no other running job has: as root it decides as which user the program runs.
     """
     with ExitStack() as open_files:
         inherited: list[int] = []
+        status, said = os.pipe()
+        for descriptor in (status, said):
+            open_files.callback(os.close, descriptor)
+        inherited.append(said)
 
         def memory_file(content: bytes) -> str:
             descriptor = os.memfd_create("secateur")
@@ -86,13 +118,22 @@ def confined(job: Job, slot: int) -> Iterator[tuple[list[str], tuple[int, ...]]]
             inherited.append(descriptor)
             return str(descriptor)
 
-        command = [bubblewrap(), "--seccomp", memory_file(seccomp.program()), *_namespaces(), *_system(job.folders)]
+        command = [
+            bubblewrap(),
+            "--json-status-fd",
+            str(said),
+            "--seccomp",
+            memory_file(seccomp.program()),
+            *_namespaces(),
+            *_system(job.folders),
+        ]
         command += ["--perms", "0444", "--file", memory_file(_PASSWD), "/etc/passwd"]
         command += ["--perms", "0777", "--size", str(job.limits.files), "--tmpfs", WORK]
         for name, content in job.files.items():
             command += ["--perms", "0444", "--file", memory_file(content), f"{WORK}/{name}"]
         command += ["--remount-ro", "/", "--chdir", WORK, *_environment(), "--"]
-        yield [*command, *job.limits.prlimit(), *_dropped(slot), *_FIRST_PROCESS, *job.command], tuple(inherited)
+        command += [*job.limits.prlimit(), *_dropped(slot), *_FIRST_PROCESS, *job.command]
+        yield Box(command, tuple(inherited), status)
 
 
 def _namespaces() -> list[str]:

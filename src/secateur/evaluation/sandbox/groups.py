@@ -19,14 +19,9 @@ from secateur.resources import CGROUP_ROOT, PROC_CGROUP
 _NAME = "secateur-program"
 _SPARE_PROCESSES = 8  # bubblewrap's own, and what starts it
 _SPARE_MEMORY = 64 * MiB  # of the kernel and of bubblewrap
-GROUP_FAILED = "group: "  # how the line begins that says so
 _PATIENCE = 2.0  # seconds in which what was killed is gone
 # Joins groups, then becomes the command.
-_JOIN = (
-    'n=$1; shift; while [ "$n" -gt 0 ]; do '
-    f'echo 0 > "$1/cgroup.procs" || {{ echo "{GROUP_FAILED}cannot be joined" >&2; exit 1; }}; '
-    'n=$((n-1)); shift; done; exec "$@"'
-)
+_JOIN = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo 0 > "$1/cgroup.procs" || exit 1; n=$((n-1)); shift; done; exec "$@"'
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from secateur.errors import SandboxError
 from secateur.evaluation.sandbox.box import Job, bubblewrap, confined, environment_in
-from secateur.evaluation.sandbox.groups import GROUP_FAILED, find_groups
+from secateur.evaluation.sandbox.groups import find_groups
 from secateur.evaluation.sandbox.processes import Finished, watched
 
 _SLOTS = 64
@@ -60,31 +60,29 @@ class Sandbox:
         """Run a job; `failed` is how it ended where its sandbox could not be set up, twice."""
         slot = self._slots.get()
         try:
-            for _ in range(2):
-                finished = self._run(job, slot)
-                # A program can write such a line too, and only says so that it has failed.
-                if not (finished.code == 1 and finished.errors.startswith(("bwrap: ", GROUP_FAILED))):
-                    return finished
+            finished = self._run(job, slot)
+            return finished if finished.ended != "failed" else self._run(job, slot)
         finally:
             self._slots.put(slot)
-        return replace(finished, ended="failed")
 
     def _run(self, job: Job, slot: int) -> Finished:
         with ExitStack() as stack:
-            command, inherited = stack.enter_context(confined(job, slot))
-            group = None
+            box = stack.enter_context(confined(job, slot))
+            command, group = box.command, None
             if self.groups is not None:
                 try:
                     group = stack.enter_context(self.groups.group(slot, job.limits))
                 except OSError as error:
-                    return Finished("exited", 1, "", f"{GROUP_FAILED}{error}", 0.0)
+                    return Finished("failed", 0, "", f"{error}", 0.0)
                 command = group.joining(command)
             # What bubblewrap gets a program can read of it: nothing of ours.
             finished = watched(
-                command, job.limits, given=job.input, inherited=inherited, environment={"PATH": os.defpath}
+                command, job.limits, given=job.input, inherited=box.inherited, environment={"PATH": os.defpath}
             )
             if group is not None and group.had_no_memory():
                 return replace(finished, ended="memory", code=0)
+            if finished.ended == "exited" and not box.was_entered():
+                return replace(finished, ended="failed")
             return finished
 
 
