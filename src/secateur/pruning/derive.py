@@ -22,6 +22,7 @@ from secateur.models.source import ModelFolder, load_tokenizer, resolve_model
 from secateur.models.weights import load_skeleton
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS
+from secateur.pruning.duration import describe_seconds, expected_seconds
 from secateur.pruning.execution import Execution
 from secateur.pruning.job import Job, forecast_job
 from secateur.pruning.loop import Progress
@@ -290,7 +291,8 @@ def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> S
     tokens, threads = texts.calibration.token_ids.size, execution.n_threads
     forecast = forecast_job(base, recipe, tokens, texts.recovery, threads, partial_folder(target), device=device)
     if execution.announce is not None:
-        execution.announce(forecast.describe())
+        recovering = 0 if texts.recovery is None else texts.recovery.token_ids.size
+        execution.announce(forecast.describe() + _duration(base, recipe, tokens, recovering, execution))
     plan = _plan(base, recipe, texts, shortlist, execution)
     with open_workspace(target, resume=execution.resume) as workspace:
         plan = workspace.start(plan)
@@ -298,6 +300,14 @@ def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> S
             job = Job(base, recipe, texts.calibration, shortlist, texts.recovery, forecast, device, workspace, plan)
             log = job.run(execution.progress)
     return SubModel(target, read_json(target / MANIFEST), log)
+
+
+def _duration(base: Base, recipe: Recipe, tokens: int, recovering: int, execution: Execution) -> str:
+    if execution.torch_device.type != "cpu":
+        return ""  # what an accelerator does has not been held against what is reckoned
+    threads = execution.n_threads
+    seconds = expected_seconds(base, recipe, tokens=tokens, recovering=recovering, threads=threads)
+    return f"; takes about {describe_seconds(seconds)}, the machine being as busy as now"
 
 
 def _shortlist(base: Base, calibration: CalibrationSet, execution: Execution) -> TokenChoice:
