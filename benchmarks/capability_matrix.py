@@ -8,10 +8,12 @@ Each model is measured by `secateur evaluate` on each task, with as many problem
 programs run in the sandbox. OUT keeps answers, and an interrupted measurement goes on there. `--kept` gets a small file
 for each model, NAME.json, with what came of every problem: so a model can be added to a table months later, and every
 interval can be computed again. A model whose file is there is not measured again, and needs no folder behind its name.
-Prints the matrix, and the difference of each model from the parent with p-values corrected for all of them (Holm).
+Prints the matrix, and the difference of each model from the parent with p-values corrected for all of them (Holm), and
+says where models were not measured alike.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -25,7 +27,8 @@ from secateur.evaluation.proportions import Share
 from secateur.evaluation.results import Cell, ModelRecord
 from secateur.evaluation.scores import Scores
 from secateur.evaluation.tables import format_cell, format_difference
-from secateur.files import atomic_write_bytes
+from secateur.files import atomic_write_bytes, sha256_file
+from secateur.models.source import resolve_model
 
 PARENT = "parent"
 TASKS = (
@@ -53,6 +56,9 @@ def measured(options, name, path):
     """Return {task: what `evaluate` found, as JSON} and what the model is, from the file that is kept."""
     target = options.kept / f"{name}.json"
     found = read_json(target) if target.exists() else {"name": name, "tasks": {}}
+    hashes = hashes_of(path) if path else found.get("sha256")
+    if found.setdefault("sha256", hashes) != hashes:
+        raise SystemExit(f"{target} is of another model than {path}")
     for task in options.tasks:
         kind, problems = split(task)
         if task in found["tasks"]:
@@ -73,8 +79,8 @@ def measured(options, name, path):
             )
         result = read_json(folder / "results.json")
         model, cell = result["models"][0], result["cells"][0]
-        if found.setdefault("sha256", model["sha256"]) != model["sha256"]:
-            raise SystemExit(f"{target} is of another model than {path}")
+        if model["sha256"] != hashes:
+            raise SystemExit(f"{folder} is of another model than {path}: name another output")
         found |= {"vocabulary": model["vocabulary"], "dtype": model["dtype"], **described(Path(path))}
         found["tasks"][task] = {
             "text_sha256": cell["text_sha256"],
@@ -88,6 +94,11 @@ def measured(options, name, path):
         atomic_write_bytes(target, dump_json(found))
         print(f"{name} {task}: {time.monotonic() - begin:.0f} s", flush=True)
     return found
+
+
+def hashes_of(path):
+    folder = resolve_model(path)
+    return {file.name: sha256_file(file) for file in (folder.path / "config.json", *folder.weight_files())}
 
 
 def described(path):
@@ -117,6 +128,27 @@ def compared(options, models):
         if len({cell.text_sha256 for cell in row}) > 1:
             raise SystemExit(f"{row[0].task}: models were asked different problems")
     return compare_all(records, columns, PARENT)
+
+
+def tell_differences(options, models):
+    """Print what differs in how models were measured, beside the threads."""
+    for task in options.tasks:
+        kept = [one["tasks"][task] for one in models]
+        ways = [
+            {
+                **{key: value for key, value in one["settings"].items() if key != "threads"},
+                "benchmark": one["benchmark"],
+                "engine": one["engine"],
+                "style": one["result"].get("style"),
+                "versions": one["versions"],
+            }
+            for one in kept
+        ]
+        for key in dict.fromkeys(key for way in ways for key in way):
+            values = [json.dumps(way.get(key), sort_keys=True) for way in ways]
+            if len(set(values)) > 1:
+                told = "; ".join(f"{one['name']}: {value}" for one, value in zip(models, values, strict=True))
+                print(f"{task}, {key} differs: {told}")
 
 
 def table(options, models, title, form, columns):
@@ -162,6 +194,7 @@ def main():
     if PARENT not in named:
         return
     columns = compared(options, models)
+    tell_differences(options, models)
     table(options, models, "task", value, columns)
     others = (
         [one for one in models if one["name"] != PARENT],

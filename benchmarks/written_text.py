@@ -23,8 +23,8 @@ KINDS = ("own", "answers", "functions")
 BEGINNING, SHOWN = 24, 96  # tokens of a document that the model goes on from, and is asked about
 LENGTH, TOGETHER = 512, 32
 QUESTIONS = ("Explain what this code does.", "Write tests for this code.", "Improve this code and explain the changes.")
-# A function of a module, with a docstring that says more than a line.
-FUNCTION = re.compile(r'^(def \w+\([^()]*\)[^\n]*:\n    """.{40,600}?"""\n)', re.MULTILINE | re.DOTALL)
+# The head of a function of a module, with a docstring of at least 40 characters.
+FUNCTION = re.compile(r'^(def \w+\([^()]*\)[^\n]*:\n    """(?:(?!""").){40,600}"""\n)', re.MULTILINE | re.DOTALL)
 
 
 def asked(tokenizer, question):
@@ -59,10 +59,17 @@ def write_text(model_name, kind, path, *, domain="python", tokens=48_000, data=N
     stop = (FENCE,) if kind == "functions" else ()
     end = f"{FENCE}{tokenizer.eos_token}\n" if kind == "functions" else ""
     while count < tokens and (some := list(islice(waiting, TOGETHER))):
-        settings = {"max_new_tokens": LENGTH - BEGINNING, "temperature": temperature, "seed": len(lines), "stop": stop}
+        settings = {
+            "max_new_tokens": LENGTH - BEGINNING,
+            "temperature": temperature,
+            "seed": seed + len(lines),
+            "stop": stop,
+        }
         for prompt, text in zip(some, model.generate_batch(some, **settings), strict=True):
-            lines.append(json.dumps({"text": prompt + text + end}))
-            count += len(tokenizer.encode(prompt + text))
+            written = len(tokenizer.encode(text))
+            count += len(tokenizer.encode(prompt)) + written
+            whole = written < LENGTH - BEGINNING - 1  # and not cut off
+            lines.append(json.dumps({"text": prompt + text + (end if whole else "")}))
         print(f"{kind}: {count} tokens", flush=True)
     atomic_write_bytes(path, ("\n".join(lines) + "\n").encode())
 

@@ -46,7 +46,7 @@ def update_card(folder: Path, name: str, evaluation: Evaluation) -> None:
 
 def _section(name: str, evaluation: Evaluation) -> str:
     columns = list(dict.fromkeys(one for one in (evaluation.against, name) if one is not None))
-    titles = ["this model" if one == name else Path(one).name for one in columns]
+    titles = ["this model" if one == name else Path(one).name or one for one in columns]
     lines = ["# What was measured", "", f"| | {' | '.join(titles)} |", f"|{'---|' * (len(columns) + 1)}"]
     for task in evaluation.tasks:
         cells = [format_cell(evaluation.cell(task, column)) for column in columns]

@@ -136,5 +136,5 @@ def test_a_hub_that_gives_nothing_is_told(data, monkeypatch):
     with pytest.raises(CorpusError, match=r"tried .*the hub: ConnectionError.*--data"):
         load_benchmark("mbpp", data)
     monkeypatch.setattr("secateur.evaluation.programs.loading.find_spec", lambda _: None)
-    with pytest.raises(CorpusError, match="pip install datasets"):
+    with pytest.raises(CorpusError, match="pip install 'secateur"):
         load_benchmark("mbpp", data)

@@ -1,5 +1,8 @@
 """Control groups: real ones where this machine has them, and the files that would be written on one of either kind."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -7,14 +10,14 @@ import pytest
 
 from secateur.evaluation.sandbox import groups, running
 from secateur.evaluation.sandbox.box import Job
-from secateur.evaluation.sandbox.groups import Groups, find_groups
+from secateur.evaluation.sandbox.groups import Group, Groups, find_groups
 from secateur.evaluation.sandbox.limits import Limits, MiB
 from secateur.evaluation.sandbox.running import Sandbox
 
-# Fills sockets of 40 processes, 200 kB each: memory of the kernel, which belongs to no process.
+# Fills a hundred sockets of each of 24 processes, 200 kB each: memory of the kernel, which belongs to no process.
 SOCKETS = b"""
 import os, socket, time
-for _ in range(40):
+for _ in range(24):
     if os.fork() == 0:
         kept = []
         for _ in range(100):
@@ -28,7 +31,7 @@ for _ in range(40):
                 pass
         time.sleep(1)
         os._exit(0)
-for _ in range(40):
+for _ in range(24):
     os.wait()
 """
 
@@ -50,18 +53,18 @@ def test_memory_of_the_kernel_counts(grouped, toolchain_of):
 
     def ended(source):
         command = (str(python.command), "-S", "fill.py")
-        return grouped.run(Job(command, {"fill.py": source}, b"", python.folders, Limits(memory=512 * MiB))).ended
+        return grouped.run(Job(command, {"fill.py": source}, b"", python.folders, Limits(memory=300 * MiB))).ended
 
     assert ended(SOCKETS) == "memory"
     assert left(grouped.groups) == []
-    assert ended(SOCKETS.replace(b"range(40)", b"range(3)")) == "exited"
+    assert ended(SOCKETS.replace(b"range(24)", b"range(3)")) == "exited"
 
 
 def test_what_a_kill_has_left_is_removed(grouped):
     place = grouped.groups
     gone = next(pid for pid in range(2**22 - 1, 1, -1) if not psutil.pid_exists(pid))
     for folder in (place.memory, place.processes):
-        (folder / f"secateur-program-{gone}-0").mkdir(exist_ok=True)
+        (folder / f"secateur-program-{gone}-0-ab").mkdir(exist_ok=True)
     assert find_groups() == place
     assert left(place) == []
 
@@ -89,11 +92,23 @@ def test_in_version_2_groups_are_made_beside_our_own(tmp_path, monkeypatch):
         assert folder.parent == beside
         assert (folder / "memory.max").read_text() == str(184 * MiB)
         assert (folder / "pids.max").read_text() == "17"
-        assert not group.had_no_memory()
+        assert group.memory_kill() is None
         (folder / "memory.events").write_text("low 0\nmax 7\noom 1\noom_kill 2\n")
-        assert group.had_no_memory()
+        assert group.memory_kill() == "ours"
+        (folder / "memory.events").write_text("low 0\nmax 0\noom 0\noom_kill 1\n")
+        assert group.memory_kill() == "of others"
         command = group.joining(["true"])
         assert (command[0], command[4:]) == ("/bin/sh", ["1", str(folder), "true"])
+
+
+@pytest.mark.parametrize(("name", "limit"), [("memory.max", "4294967296"), ("cpu.max", "200000 100000")])
+def test_programs_do_not_leave_limits_that_are_our_own(tmp_path, name, limit):
+    own = second(tmp_path)
+    mine = tmp_path / "user.slice" / "app.slice" / "terminal.scope"
+    (mine / name).write_text("max 100000\n")
+    assert find_groups(tmp_path, own) is not None
+    (mine / name).write_text(f"{limit}\n")
+    assert find_groups(tmp_path, own) is None
 
 
 @pytest.mark.parametrize("controllers", ["cpu", "memory", "pids"])
@@ -113,19 +128,61 @@ def test_in_version_1_each_controller_has_a_group(tmp_path, monkeypatch):
         memory, processes = group.folders
         assert (memory / "memory.limit_in_bytes").read_text() == str(184 * MiB)
         assert (processes / "pids.max").read_text() == "17"
+        (memory / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
+        (memory / "memory.max_usage_in_bytes").write_text(f"{100 * MiB}\n")
+        assert group.memory_kill() == "of others"
+        (memory / "memory.max_usage_in_bytes").write_text(f"{184 * MiB}\n")
+        assert group.memory_kill() == "ours"
     (tmp_path / "own").write_text("4:memory:/box\n")
     assert find_groups(tmp_path, tmp_path / "own") is None
 
 
+class Pretended(Groups):
+    """Groups that are folders like any other, so that no process can join them."""
+
+    joinable = False
+
+    @contextmanager
+    def group(self, slot, limits):
+        folder = self.memory / str(slot)
+        (folder / "cgroup.procs").mkdir(parents=True, exist_ok=True)
+        if self.joinable:
+            (folder / "cgroup.procs").rmdir()
+        yield Group((folder,))
+
+
 @pytest.mark.usefixtures("sandbox")
-def test_groups_that_cannot_be_joined_are_done_without(tmp_path, monkeypatch):
+@pytest.mark.parametrize("there", [True, False])
+def test_groups_that_cannot_be_joined_are_done_without(tmp_path, monkeypatch, there):
     monkeypatch.setattr(groups, "_PATIENCE", 0.0)
-    monkeypatch.setattr(running, "find_groups", lambda: Groups(tmp_path / "none", tmp_path / "none", 2))
+    kind = Pretended if there else Groups
+    monkeypatch.setattr(running, "find_groups", lambda: kind(tmp_path / "none", tmp_path / "none", 2))
     box = Sandbox()
     assert box.groups is None
     assert box.run(Job(("/bin/echo", "runs"))).output == "runs\n"
 
 
-def test_a_group_that_cannot_be_had_later_is_a_failed_sandbox(sandbox, tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox, "groups", Groups(tmp_path / "none", tmp_path / "none", 2))
+@pytest.mark.parametrize("kind", [Groups, Pretended])
+def test_a_group_that_cannot_be_had_later_is_a_failed_sandbox(sandbox, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sandbox, "groups", kind(tmp_path / "none", tmp_path / "none", 2))
     assert sandbox.run(Job(("/bin/true",))).ended == "failed"
+
+
+@pytest.mark.parametrize(("counts", "ended"), [("oom 1\noom_kill 1", "memory"), ("oom 0\noom_kill 1", "failed")])
+def test_what_the_kernel_has_killed_for_memory(sandbox, tmp_path, monkeypatch, counts, ended):
+    monkeypatch.setattr(sandbox, "groups", Pretended(tmp_path, tmp_path, 2))
+    monkeypatch.setattr(Pretended, "joinable", True)
+    for slot in range(64):
+        (tmp_path / str(slot)).mkdir()
+        (tmp_path / str(slot) / "memory.events").write_text(f"{counts}\n")
+    assert sandbox.run(Job(("/bin/sh", "-c", "kill -9 $$"))).ended == ended
+
+
+def test_two_sandboxes_do_not_know_each_other(grouped):
+    one, other = Sandbox(), Sandbox()
+    with ThreadPoolExecutor(1) as pool:
+        sleeping = pool.submit(one.run, Job(("/bin/sleep", "1")))
+        while not left(one.groups):
+            time.sleep(0.01)
+        assert other.run(Job(("/bin/true",))).ended == "exited"
+        assert sleeping.result().ended == "exited"

@@ -402,6 +402,23 @@ HUGE = "#define A(x) x x x x x x x x x x\n#define B(x) A(A(A(A(A(A(A(x)))))))\n"
             " List<long[]> a = new ArrayList<>(); while (true) a.add(new long[1000000]);",
             "memory",
         ),
+        (
+            "java",
+            "import java.util.*; class Problem { static List<Object> a = new LinkedList<>(); static long f() {"
+            " while (true) a.add(new Object());",
+            "memory",
+        ),
+        (
+            "java",
+            "class Problem { static long[][] a = new long[5000][1000000]; static long f() { return 0;",
+            "memory",
+        ),
+        (
+            "java",
+            "class Problem { static int zero() { return 0; } static int a = 1 / zero(); static long f() { return 0;",
+            "error",
+        ),
+        ("python", f"x = {'-' * 8000}1\n", "compile_error"),
     ],
 )
 def test_memory_that_is_not_to_be_had_is_counted_apart(sandbox, toolchain_of, language, code, outcome):

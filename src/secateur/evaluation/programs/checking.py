@@ -30,7 +30,7 @@ _SAID: dict[Outcome, re.Pattern[str]] = {
     "memory": re.compile(
         r"^(cc1plus: out of memory|virtual memory exhausted|\S*g\+\+\S*: [a-z ]+: Killed signal terminated"
         r"|terminate called after throwing an instance of 'std::bad_alloc'"
-        r"|FATAL ERROR: .*(heap out of memory|Out of memory))",
+        r"|FATAL ERROR: .*(heap out of memory|Out of memory)|The system is out of resources\.)",
         re.MULTILINE,
     ),
 }

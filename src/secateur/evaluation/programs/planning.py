@@ -11,8 +11,7 @@ from secateur.evaluation.programs.languages import toolchain
 from secateur.evaluation.programs.loading import load_benchmark
 from secateur.evaluation.programs.machine import slowness
 from secateur.evaluation.programs.run import Programs, chosen
-from secateur.evaluation.programs.score import permitted_runner
-from secateur.evaluation.sandbox.running import Sandbox
+from secateur.evaluation.programs.score import permitted_runner, sandbox_of
 from secateur.resources import usable_processors
 
 
@@ -54,7 +53,7 @@ def settings_of(programs: Programs) -> dict[str, Any]:
     asking = programs.asking
     return {
         "prompts": PROMPTS,
-        "sandbox": isinstance(programs.runner, Sandbox),
+        **sandbox_of(programs.runner),
         "prompt_style": asking.style,
         "answers": asking.samples,
         "temperature": asking.temperature,

@@ -71,7 +71,7 @@ def score(
         "task_sha256": loaded.sha256,
         "samples_sha256": sha256_file(samples),
         "toolchain": tools.version,
-        "sandbox": not unsafe,
+        **sandbox_of(runner),
         "cut": cut,
     }
 
@@ -93,6 +93,13 @@ def _not_code(answers: Sequence[Sample]) -> dict[str, int]:
     """Return how many answers are in a code block, under the name that a summary has for it; nothing if none is."""
     blocks = sum(one.completion.lstrip().startswith(FENCE.strip()) for one in answers)
     return {"in_code_blocks": blocks} if blocks else {}
+
+
+def sandbox_of(runner: Runner) -> dict[str, Any]:
+    """Return for the record whether programs run in a sandbox, and of which version their control groups are."""
+    if not isinstance(runner, Sandbox):
+        return {"sandbox": False}
+    return {"sandbox": True, "control_groups": None if runner.groups is None else runner.groups.version}
 
 
 def permitted_runner(*, run_generated_code: bool, unsafe: bool) -> Runner:

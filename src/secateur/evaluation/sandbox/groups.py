@@ -4,12 +4,14 @@ What a watcher sees of processes is not all that they use: pages of the kernel, 
 """
 
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -34,15 +36,18 @@ class Group:
         """Return a command that joins and then becomes the given one."""
         return ["/bin/sh", "-c", _JOIN, "sh", str(len(self.folders)), *map(str, self.folders), *command]
 
-    def had_no_memory(self) -> bool:
-        """Return whether the kernel has killed a process for memory."""
-        for folder in self.folders:
-            for name in ("memory.events", "memory.oom_control"):
-                with suppress(OSError):
-                    counts = dict(line.split() for line in (folder / name).read_text().splitlines())
-                    if int(counts.get("oom_kill", 0)):
-                        return True
-        return False
+    def memory_kill(self) -> Literal["ours", "of others"] | None:
+        """Return whether the kernel has killed a process for memory, and whose limit it was that was passed."""
+        folder = self.folders[0]
+        if events := _counts(folder / "memory.events"):  # version 2: `oom` is how often this limit left nothing
+            passed = events.get("oom", 0) > 0
+        else:  # version 1 counts failures in several places or nowhere, but knows the peak
+            events = _counts(folder / "memory.oom_control")
+            peak, limit = (_number(folder / f"memory.{name}_in_bytes") for name in ("max_usage", "limit"))
+            passed = peak >= limit - MiB
+        if not events.get("oom_kill", 0):
+            return None
+        return "ours" if passed else "of others"
 
     def end(self) -> None:
         """Kill what is left in it, and remove it; what cannot be removed yet is left for another run to remove."""
@@ -59,19 +64,23 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """Where groups can be made: folders in which each program gets one, with what limits memory and processes there."""
+    """Where groups can be made: folders in which each program gets one, with what limits memory and processes there.
+
+    `token` tells the groups of one sandbox from those of any other, of this process or in another container.
+    """
 
     memory: Path
     processes: Path
     version: int
+    token: str = field(default_factory=lambda: secrets.token_hex(4), compare=False)
 
     @contextmanager
     def group(self, slot: int, limits: Limits) -> Iterator[Group]:
         """Give a new group with limits; `slot` is a number that no other running program has."""
-        name = f"{_NAME}-{os.getpid()}-{slot}"
+        name = f"{_NAME}-{os.getpid()}-{slot}-{self.token}"
         folders = tuple(dict.fromkeys((self.memory / name, self.processes / name)))
         group = Group(folders)
-        group.end()  # of an earlier program, should it not have been possible then
+        group.end()  # of an earlier program in this slot, should that not have been possible then
         try:
             for folder in folders:
                 folder.mkdir()
@@ -111,9 +120,10 @@ def _candidate(root: Path, own: Path) -> Groups | None:
         return None
     names = {controller: line[2] for line in lines if len(line) == 3 for controller in line[1].split(",")}
     if (root / "cgroup.controllers").exists():
-        # Beside the group that this process is in: one with processes has no groups with controllers in it.
+        # One with processes has no groups with controllers in it, but the root. So beside our own, unless that has
+        # limits of its own, which programs are not to leave.
         mine = root / names.get("", "/").strip("/")
-        for folder in (mine.parent, mine):
+        for folder in (mine, *(() if _is_limited(mine) else (mine.parent,))):
             if folder.is_relative_to(root) and _has_controllers(folder) and _writable(folder):
                 return Groups(folder, folder, 2)
         return None
@@ -127,6 +137,26 @@ def _has_controllers(folder: Path) -> bool:
     with suppress(OSError):
         return {"memory", "pids"} <= set((folder / "cgroup.subtree_control").read_text().split())
     return False
+
+
+def _is_limited(folder: Path) -> bool:
+    for name in ("memory.max", "memory.high", "memory.swap.max", "cpu.max"):
+        with suppress(OSError):
+            if not (folder / name).read_text().startswith("max"):
+                return True
+    return False
+
+
+def _counts(path: Path) -> dict[str, int]:
+    with suppress(OSError, ValueError):
+        return {name: int(count) for name, count in (line.split() for line in path.read_text().splitlines())}
+    return {}
+
+
+def _number(path: Path) -> int:
+    with suppress(OSError, ValueError):
+        return int(path.read_text())
+    return 0
 
 
 def _writable(folder: Path) -> bool:

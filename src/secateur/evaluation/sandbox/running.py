@@ -79,9 +79,11 @@ class Sandbox:
             finished = watched(
                 command, job.limits, given=job.input, inherited=box.inherited, environment={"PATH": os.defpath}
             )
-            if group is not None and group.had_no_memory():
+            killed = None if group is None else group.memory_kill()
+            if killed == "ours":
                 return replace(finished, ended="memory", code=0)
-            if finished.ended == "exited" and not box.was_entered():
+            # The machine had no memory for it, or it never ran.
+            if killed or (finished.ended in {"exited", "killed"} and not box.was_entered()):
                 return replace(finished, ended="failed")
             return finished
 

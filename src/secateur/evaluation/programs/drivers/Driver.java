@@ -30,17 +30,26 @@ public final class Driver {
             checks.setAccessible(true);
             checks.invoke(null, (Object) new String[0]);
         } catch (InvocationTargetException error) {
-            Throwable cause = error.getCause();
-            cause.printStackTrace();
-            leave(cause instanceof AssertionError ? 97 : withoutMemory(cause) ? 95 : 1);
-        } catch (ReflectiveOperationException | LinkageError error) {
-            error.printStackTrace();
-            leave(1);
+            fail(error.getCause());
+        } catch (Throwable error) {  // of a static initialiser, too
+            fail(error);
         }
         System.out.flush();
         out.print("\n" + token + "\n");
         out.flush();
         leave(0);
+    }
+
+    private static void fail(Throwable error) {
+        Throwable cause = error instanceof ExceptionInInitializerError && error.getCause() != null
+            ? error.getCause() : error;
+        int code = cause instanceof AssertionError ? 97 : withoutMemory(cause) ? 95 : 1;
+        try {
+            cause.printStackTrace();
+        } catch (Throwable again) {
+            // What has no memory left cannot be printed.
+        }
+        leave(code);
     }
 
     /** The same error is raised where one thread more is refused. */

@@ -29,7 +29,10 @@ def main() -> None:
 
 def compiled(name: str) -> types.CodeType:
     """Return the code of a file of this folder."""
-    return compile(Path(__file__).absolute().with_name(name).read_bytes(), name, "exec")
+    try:
+        return compile(Path(__file__).absolute().with_name(name).read_bytes(), name, "exec")
+    except MemoryError:  # how the parser says that something is nested too deeply
+        raise SyntaxError(f"{name} is nested too deeply") from None
 
 
 def wrong(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
