@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.calibration.statistics import InputStatistics
 from secateur.config import DEFAULT_CORRECTION
+from secateur.errors import ModelError
 from secateur.pruning.layer_problem import DAMPING, LayerProblem, damping_of, refit
 from secateur.pruning.masks import Target, keep_top
 from secateur.pruning.methods import METHODS
@@ -319,3 +320,58 @@ def test_another_correction_gives_other_weights(tmp_path):
         weights[correction] = masks_and_weights(folder)
     for one, other in pairwise(weights.values()):
         assert any(not torch.equal(one[name][1], other[name][1]) for name in one)
+
+
+def test_an_indefinite_gram_matrix_gets_more_damping_and_a_warning(caplog):
+    weight, inputs = layer()
+    problem = LayerProblem.of(weight, statistics(inputs))
+    assert torch.isfinite(problem.factor()).all()
+    assert not caplog.records
+    lowest, direction = torch.linalg.eigh(problem.gram.double())
+    shift = (lowest[0] + 0.03) * torch.outer(direction[:, 0], direction[:, 0])
+    indefinite = replace(problem, gram=(problem.gram.double() - shift).float())
+    assert torch.linalg.eigvalsh(indefinite.gram.double())[0] < -0.02
+    upper = indefinite.factor().double()
+    raised = indefinite.gram.double() + 0.1 * torch.eye(len(upper))
+    torch.testing.assert_close(upper.T @ upper, torch.linalg.inv(raised), rtol=1e-3, atol=1e-3)
+    assert "0.1 of its diagonal was added" in caplog.text
+    hopeless = replace(problem, gram=-problem.gram)
+    with pytest.raises(ModelError, match="cannot be inverted"):
+        hopeless.factor()
+
+
+def plain_admm(weight, statistics, sparsity):
+    """Algorithm 1 of Meng et al. 2024 as it is written, a system solved in each step, and the best values at last."""
+    problem = LayerProblem.of(weight, statistics)
+    gram, aim = problem.gram.double(), problem.aim.double()
+    dense = torch.linalg.solve(gram, aim.T).T
+    dual, kept = torch.zeros_like(dense), round((1 - sparsity) * weight.shape[1])
+
+    def largest(values):
+        mask = torch.zeros_like(values, dtype=torch.bool)
+        return mask.scatter_(1, values.abs().topk(kept, dim=1).indices, True)
+
+    previous = None
+    for level in range(5):
+        penalty = 0.1 * 2.275**level
+        dual *= 1 if previous is None else previous / penalty
+        previous, raised = penalty, gram + penalty * torch.eye(len(gram))
+        for _ in range(6):
+            sparse = (dense + dual) * largest(dense + dual)
+            dense = torch.linalg.solve(raised, (aim + penalty * (sparse - dual)).T).T
+            dual += dense - sparse
+    mask = largest(dense + dual)
+    found = torch.zeros_like(dense)
+    for row in range(len(weight)):
+        support = mask[row].nonzero().flatten()
+        found[row, support] = torch.linalg.solve(gram[support][:, support], aim[row, support])
+    return found / problem.norms, mask
+
+
+def test_admm_is_what_its_paper_has():
+    weight, inputs = layer()
+    found, mask = prune("admm", weight, inputs)
+    wanted, its_mask = plain_admm(weight, statistics(inputs), 0.5)
+    assert (mask == its_mask).float().mean() > 0.99
+    ours, theirs = (error(one, weight, damped(inputs)) for one in (found, wanted))
+    assert ours == pytest.approx(theirs, rel=0.02)

@@ -12,6 +12,7 @@ The fewer tokens there are for each feature, the less a product of two features 
 the number of features over that of tokens, as of a ridge regression whose error is as large as what it explains.
 """
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from secateur.calibration.statistics import InputStatistics
 from secateur.config import DEFAULT_CORRECTION
 from secateur.errors import ModelError
 
+logger = logging.getLogger(__name__)
 DAMPING = 0.01  # of the diagonal, at least (Frantar & Alistarh 2023, section 3.3)
 _MAX_DAMPING = 1.0
 _SINGULAR = "the inputs of a weight have a Gram matrix that cannot be inverted; prune it with wanda"
@@ -95,7 +97,7 @@ class LayerProblem:
     def factor(self) -> Tensor:
         """Return the Cholesky factor [in_features, in_features] of the inverse of the Gram matrix, upper, float32.
 
-        More damping is added, tenfold each time, where rounding has left the matrix indefinite.
+        More damping is added, tenfold each time, where rounding has left the matrix indefinite; a warning says so.
 
         Raises
         ------
@@ -111,6 +113,10 @@ class LayerProblem:
                 inverse = torch.cholesky_inverse(lower)
                 upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
                 if not failed:
+                    if added:
+                        logger.warning(
+                            "a Gram matrix of %d inputs was indefinite: %g of its diagonal was added", len(gram), added
+                        )
                     factor: Tensor = upper.float()
                     return factor
             added = 10 * added or DAMPING
