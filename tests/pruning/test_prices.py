@@ -9,7 +9,7 @@ from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.config import make_recipe
 from secateur.errors import ConfigError, ModelError, OutputError, ResourceError
 from secateur.models.source import ModelFolder
-from secateur.pruning import divergence, forecast
+from secateur.pruning import divergence, forecast, sizing
 from secateur.pruning import prices as prices_module
 from secateur.pruning.base import Base
 from secateur.pruning.prices import Prices, cheapest, measure_prices
@@ -233,3 +233,23 @@ def test_prices_depend_on_the_recipe(base, change):
     found = [measure_prices(opened, token_ids, recipe(**one), CPU, silent) for one in (options, options | change)]
     assert found[0].halving != found[1].halving
     assert found[0].small_embedding == found[1].small_embedding
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "rows", "megabytes", "said"),
+    [
+        (None, 384, 0.1, True),  # 384 tokens are a third of a small model
+        (48_000, 384, 0.1, False),
+        (None, 384, 100, False),
+        (None, 10, 0.1, False),  # a third of so few would be none
+    ],
+)
+def test_many_tokens_in_a_small_size_are_worth_a_word(base, monkeypatch, vocabulary, rows, megabytes, said):
+    monkeypatch.setattr(sizing, "_FEW_TOKENS", 100)
+    opened = Base.open(ModelFolder(base, "tiny"))
+    config = opened.model.config.get_text_config(decoder=True)
+    monkeypatch.setattr(config, "vocab_size", rows)
+    asked = recipe(values="nl4", target_size=round(megabytes * 1e6), vocabulary=vocabulary)
+    advice = sizing._advice(opened, asked, recipe(values="nl4"))
+    assert ("--vocabulary 100" in advice) == said
+    assert bool(advice) == said

@@ -10,11 +10,13 @@ from secateur.pruning.base import Base
 from secateur.pruning.execution import Execution
 from secateur.pruning.job import forecast_job
 from secateur.pruning.prices import Prices, cheapest, measure_prices
-from secateur.pruning.size import ways
+from secateur.pruning.size import Footprint, ways
 from secateur.pruning.texts import Texts
 from secateur.pruning.workspace import begun_recipe, check_begun, check_output, first_difference, partial_folder
 
 _KIND = ("values", "group_size", "embedding_values")
+# Share of the bytes from which on fewer tokens are worth a word; how many these are at least; of how many they save.
+_MUCH, _FEW_TOKENS, _FEWER = 0.2, 24_000, 0.6
 
 
 def sized_recipes(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
@@ -49,8 +51,19 @@ def best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts,
             check_output(execution.target, resume=execution.resume)
         found = cheapest(sized, lambda: _measured(base, sized, texts, execution))
     if execution.announce is not None:
-        execution.announce(f"for {asked.target_size / 1e6:,.0f} MB: {_described(found)}")
+        execution.announce(f"for {asked.target_size / 1e6:,.0f} MB: {_described(found)}{_advice(base, asked, found)}")
     return found
+
+
+def _advice(base: Base, asked: Recipe, found: Recipe) -> str:
+    """Return what to try where much of what was asked for goes to tokens, of which one language needs few."""
+    assert asked.target_size is not None  # noqa: S101 - the only caller has looked
+    outer = Footprint.of(base).outer(found)
+    rows = base.model.config.get_text_config(decoder=True).vocab_size
+    fewer = max(_FEW_TOKENS, rows // 3 // 1000 * 1000)
+    if asked.vocabulary is not None or outer < _MUCH * asked.target_size or fewer > _FEWER * rows:
+        return ""
+    return f"; {outer / asked.target_size:.0%} of that are {rows:,} tokens: --vocabulary {fewer} may lose less"
 
 
 def _measured(base: Base, sized: tuple[Recipe, ...], texts: Texts, execution: Execution) -> Prices:
