@@ -148,7 +148,11 @@ def draw(rows, domain, target):
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
     for axis, key, label in zip(axes, ("bits", "decode"), (f"bits per byte, {domain}", "tokens/s"), strict=True):
         for kind, marker in (("secateur", "o"), ("llama.cpp", "s"), ("smaller", "^")):
-            points = sorted((row["bytes"] / 1e6, row[key], row["name"]) for row in rows if row["kind"] == kind)
+            points = sorted(
+                (row["bytes"] / 1e6, row[key], "the parent, lossless" if row["name"] == "parent" else row["name"])
+                for row in rows
+                if row["kind"] == kind
+            )
             if points:
                 axis.plot(*zip(*[point[:2] for point in points], strict=True), marker=marker, label=kind)
             for x, y, name in points:
