@@ -2,6 +2,7 @@
 
 import errno
 import math
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -39,7 +40,7 @@ def base(tmp_path_factory):
 def small_steps(monkeypatch):
     """Six steps of two sequences instead of a single one."""
     monkeypatch.setattr(recovery, "STEP_TOKENS", 96)
-    monkeypatch.setattr(recovery, "LEARNING_RATE", 3e-3)
+    monkeypatch.setattr(recovery, "LEARNING_RATE", 2e-2)
 
 
 def opened(folder):
@@ -262,7 +263,7 @@ def test_a_head_that_is_not_the_embedding(tmp_path, monkeypatch, head):
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "gemma2", "starcoder2", "opt"])
 @pytest.mark.parametrize("values", ["base", "int8"])
 def test_every_family_learns(tmp_path, monkeypatch, family, values):
-    monkeypatch.setattr(recovery, "LEARNING_RATE", 5e-4)  # what changes more is too much for untrained biases
+    monkeypatch.setattr(recovery, "LEARNING_RATE", 3e-3)  # what changes more is too much for untrained biases
     base = save_tiny(tmp_path / "base", family)
     derive_tiny(base, tmp_path / "pruned", values=values)
     derive_tiny(base, tmp_path / "learnt", recovery=TEXT, values=values)
@@ -389,7 +390,7 @@ def test_the_disk_that_an_interrupted_run_has_taken_is_not_asked_for_again(base,
     for name in ("anew", "out"):
         options = {"announce": said.append, "resume": name == "out"}
         derive_tiny(base, tmp_path / name, recovery=TEXT, **options)
-    anew, resumed = (float(line.split()[-7]) * 1e6 for line in said)
+    anew, resumed = (float(line.split()[-7]) * 1e6 for line in said if line.startswith("needs"))
     assert anew - resumed == pytest.approx(taken, abs=1e6)
 
 
@@ -455,3 +456,22 @@ def test_what_is_learnt_is_what_is_stored_for_weights_of_zero_too(values):
     assert torch.equal(dequantise(stored, values=values, group_size=32), grid.nearest(weight * mask))
     packed = pack_integers(stored, mask, Encoding(values, 32).bits)
     assert torch.equal(unpack(packed, (4, 70), encoding=Encoding(values, 32))[0], grid.nearest(weight * mask))
+
+
+@pytest.mark.parametrize("factor", [0.125, 8.0])
+def test_models_of_large_and_small_weights_learn_alike(base, tmp_path, factor):
+    """Values made smaller and what reads them larger are the same model, and learn the same."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight *= factor
+            layer.self_attn.o_proj.weight /= factor
+            layer.mlp.up_proj.weight *= factor
+            layer.mlp.down_proj.weight /= factor
+    shutil.copytree(base, tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    lost = {}
+    for name, folder in {"one": base, "other": tmp_path / "other"}.items():
+        derive_tiny(folder, tmp_path / f"{name}-sub", recovery=TEXT)
+        lost[name] = divergence(opened(tmp_path / f"{name}-sub"), opened(folder), torch.from_numpy(TEXT.token_ids))
+    torch.testing.assert_close(lost["one"], lost["other"], rtol=1e-3, atol=0)

@@ -292,7 +292,10 @@ def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> S
     forecast = forecast_job(base, recipe, tokens, texts.recovery, threads, partial_folder(target), device=device)
     if execution.announce is not None:
         recovering = 0 if texts.recovery is None else texts.recovery.token_ids.size
-        execution.announce(forecast.describe() + _duration(base, recipe, tokens, recovering, execution))
+        execution.announce(forecast.describe())
+        if device.type == "cpu":  # what an accelerator does has not been held against what is reckoned
+            seconds = expected_seconds(base, recipe, tokens=tokens, recovering=recovering, threads=threads)
+            execution.announce(f"takes about {describe_seconds(seconds)}, with the machine as busy as now")
     plan = _plan(base, recipe, texts, shortlist, execution)
     with open_workspace(target, resume=execution.resume) as workspace:
         plan = workspace.start(plan)
@@ -300,14 +303,6 @@ def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> S
             job = Job(base, recipe, texts.calibration, shortlist, texts.recovery, forecast, device, workspace, plan)
             log = job.run(execution.progress)
     return SubModel(target, read_json(target / MANIFEST), log)
-
-
-def _duration(base: Base, recipe: Recipe, tokens: int, recovering: int, execution: Execution) -> str:
-    if execution.torch_device.type != "cpu":
-        return ""  # what an accelerator does has not been held against what is reckoned
-    threads = execution.n_threads
-    seconds = expected_seconds(base, recipe, tokens=tokens, recovering=recovering, threads=threads)
-    return f"; takes about {describe_seconds(seconds)}, the machine being as busy as now"
 
 
 def _shortlist(base: Base, calibration: CalibrationSet, execution: Execution) -> TokenChoice:

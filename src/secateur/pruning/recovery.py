@@ -24,7 +24,9 @@ from secateur.models.finite import all_finite
 from secateur.models.safetensors_writer import write_safetensors
 
 STEP_TOKENS = 2048  # tokens behind one step of the optimiser
-LEARNING_RATE = 3e-4
+# Of the root mean square of what is kept of a weight: those of one model are ten times as large as those of another.
+LEARNING_RATE = 1.2e-3
+_SMALLEST = 1e-4  # of such a root, so that a bias of zeros can learn
 _WARM_UP, _LAST_RATE = 0.05, 0.05  # share of the steps; share of the learning rate
 _BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
 # Logits of sequences that run together; the parent's are there too, and as many gradients.
@@ -149,7 +151,10 @@ class _Course:
         self._trained = {name: pupil.model.get_parameter(name) for name in pupil.weights}
         for parameter in self._trained.values():
             parameter.requires_grad_(requires_grad=True)
-        self._optimiser = torch.optim.Adam(list(pupil.weights.values()), lr=0.0, betas=_BETAS, fused=True)
+        # Before a state is taken up, so that a run that goes on has the same ones.
+        self._rates = [LEARNING_RATE * _size(weight, pupil.masks.get(name)) for name, weight in pupil.weights.items()]
+        groups = [{"params": [weight]} for weight in pupil.weights.values()]
+        self._optimiser = torch.optim.Adam(groups, lr=0.0, betas=_BETAS, fused=True)
         length = token_ids.shape[1]
         self._sequences = max(1, STEP_TOKENS // length)
         self.steps = -(-len(token_ids) // self._sequences)
@@ -165,8 +170,8 @@ class _Course:
         norm = torch.nn.utils.clip_grad_norm_(list(self._pupil.weights.values()), _LARGEST_NORM)
         if not math.isfinite(norm):
             raise ModelError(f"recovery failed at step {step}: its gradients are no numbers; leave --recover out")
-        for group in self._optimiser.param_groups:
-            group["lr"] = LEARNING_RATE * rate(step, self.steps)
+        for group, highest in zip(self._optimiser.param_groups, self._rates, strict=True):
+            group["lr"] = highest * rate(step, self.steps)
         self._optimiser.step()
         self._optimiser.zero_grad()
         self._pupil.round()
@@ -212,6 +217,14 @@ class _Course:
             state = {kind: stored[f"{name}.{kind}"].to(weight.device) for kind in _MOMENTS}
             self._optimiser.state[weight] = {"step": torch.tensor(float(step), device=weight.device), **state}
         return step
+
+
+def _size(weight: Tensor, mask: Tensor | None) -> float:
+    """Return the root mean square of what is kept of a weight."""
+    with torch.no_grad():
+        count = weight.numel() if mask is None else int(mask.sum())
+        total = float(weight.square().sum() if mask is None else (weight * mask).square().sum())
+    return max(_SMALLEST, math.sqrt(total / max(1, count)))
 
 
 def distil(model: PreTrainedModel, parent: PreTrainedModel, token_ids: Tensor, *, positions: int) -> None:
