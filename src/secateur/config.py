@@ -89,7 +89,8 @@ class Recipe(BaseModel):
         bytes, 1 or more; without effect on what `wanda` removes.
     vocabulary
         How many tokens are kept: those that every text needs and those that the domains need most. The rows of the
-        others leave embedding and head, and text that had them is split into more. None keeps all.
+        others leave embedding and head, and text that had them is split into more. None keeps all; `auto`, beside
+        `target_size`, as many as serve best in a sub-model of that size, whose own recipe has their number.
     recover
         Tokens of the domains' text that the pruned model learns from, in whole sequences; 0: it does not.
     """
@@ -113,7 +114,7 @@ class Recipe(BaseModel):
     embedding_values: EmbeddingValues = "int8"
     eight_bits: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     trim_vocabulary: bool = False
-    vocabulary: Annotated[int | None, Field(ge=1)] = None
+    vocabulary: int | Literal["auto"] | None = None
     recover: Annotated[int, Field(ge=0)] = 0
     correction: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = DEFAULT_CORRECTION
     first_token_weight: Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)] = DEFAULT_FIRST_TOKEN_WEIGHT
@@ -147,6 +148,17 @@ class Recipe(BaseModel):
                 "eight bits are for some weights among others of int4 or nl4, with sparsity 0; --target-size and "
                 "--keep-quality choose the share themselves"
             )
+        return value
+
+    @field_validator("vocabulary", mode="before")
+    @classmethod
+    def _tokens_for_a_size(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse what is no number, and to find one where nothing says how much room there is."""
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value not in {None, "auto"} and not is_count:
+            raise ValueError("give a number of tokens, 1 or more, or auto")
+        if value == "auto" and info.data.get("target_size") is None:
+            raise ValueError("auto finds out for how many tokens a size has room: give --target-size, or a number")
         return value
 
     @field_validator("target_size", mode="before")

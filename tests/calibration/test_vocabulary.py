@@ -5,7 +5,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from secateur.calibration import vocabulary
-from secateur.calibration.vocabulary import more_tokens, rank_tokens
+from secateur.calibration.corpora import load_corpus
+from secateur.calibration.documents import TRAIN
+from secateur.calibration.vocabulary import expected_tokens, more_tokens, rank_tokens
 from secateur.errors import CorpusError, ModelError
 from tests.calibration.texts import word_tokenizer, write_json_lines
 
@@ -73,3 +75,28 @@ def test_how_many_more_tokens_held_out_text_takes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(vocabulary, "load_corpus", missing)
     assert more_tokens(mixture, larger, smaller) == {path: None}
+
+
+def test_one_document_in_five_is_left_out_of_the_order_and_counted_apart(tmp_path):
+    def write(word_of):
+        records = [{"package": "p", "path": f"{i}.py", "text": f"{word_of(f'p/{i}.py')} " * 30} for i in range(60)]
+        return str(write_json_lines(tmp_path / "a.jsonl", records))
+
+    path = write(lambda _: "value")
+    left_out = {one.name for one in load_corpus(path, TRAIN, None).documents[::5]}
+    assert len(left_out) > 5
+    write(lambda name: "late" if name in left_out else "value")
+    _, order = ranked(((path, 1.0),), leave_out=True)
+    assert order.index("value") < order.index("while") < order.index("late")
+    tokenizer = word_tokenizer(WORDS)
+    shares, ids = expected_tokens(((path, 1.0),), tokenizer), tokenizer.get_vocab()
+    assert ids["late"] in shares
+    assert ids["value"] not in shares
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_too_few_documents_to_leave_one_out(tmp_path):
+    records = [{"package": "p", "path": f"{i}.py", "text": "value " * 30} for i in range(4)]
+    path = str(write_json_lines(tmp_path / "a.jsonl", records))
+    with pytest.raises(CorpusError, match="give --vocabulary"):
+        expected_tokens(((path, 1.0),), word_tokenizer(WORDS))

@@ -208,7 +208,7 @@ def test_a_size_is_filled(base, tmp_path, share):
     fixed = {"for": "python", "values": "nl4", "group_size": 32, "embedding_values": "int8"}
     four = make_recipe({**fixed, "sparsity": 0.0})
     target = footprint.folder(four) + int(share * footprint.eight_bits(four))
-    (found,) = ways(opened, make_recipe({**fixed, "target_size": target}))
+    (found,) = ways(Footprint.of(opened), make_recipe({**fixed, "target_size": target}))
     assert (found.sparsity, found.eight_bits) == (0.0, pytest.approx(share, abs=2e-4))
     del fixed["for"]
     done = derive_tiny(base, tmp_path / "out", method="admm", target_size=target, **fixed)
@@ -224,7 +224,7 @@ def test_a_size_is_filled(base, tmp_path, share):
 
 def test_none_stays_none_beside_a_size(base):
     opened, fixed = Base.open(ModelFolder(base, "tiny")), {"for": "python", "values": "nl4", "eight_bits": 0.0}
-    found = ways(opened, make_recipe({**fixed, "target_size": 10**9}))
+    found = ways(Footprint.of(opened), make_recipe({**fixed, "target_size": 10**9}))
     assert {(one.sparsity, one.eight_bits) for one in found} == {(0.0, 0.0)}
 
 

@@ -241,15 +241,27 @@ def test_prices_depend_on_the_recipe(base, change):
         (None, 384, 0.1, True),  # 384 tokens are a third of a small model
         (48_000, 384, 0.1, False),
         (None, 384, 100, False),
-        (None, 10, 0.1, False),  # a third of so few would be none
+        (None, 10, 0.1, False),
     ],
 )
 def test_many_tokens_in_a_small_size_are_worth_a_word(base, monkeypatch, vocabulary, rows, megabytes, said):
-    monkeypatch.setattr(sizing, "_FEW_TOKENS", 100)
+    monkeypatch.setattr(sizing, "_MANY_TOKENS", 300)
     opened = Base.open(ModelFolder(base, "tiny"))
     config = opened.model.config.get_text_config(decoder=True)
     monkeypatch.setattr(config, "vocab_size", rows)
     asked = recipe(values="nl4", target_size=round(megabytes * 1e6), vocabulary=vocabulary)
     advice = sizing._advice(opened, asked, recipe(values="nl4"))
-    assert ("--vocabulary 100" in advice) == said
+    assert ("--vocabulary auto" in advice) == said
     assert bool(advice) == said
+
+
+@pytest.mark.parametrize("length", [20, 30, 700])
+def test_what_the_model_pays_for_a_token(base, length):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    token_ids = torch.randint(0, 250, (3, length), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found = prices_module._nats(divergence.spread_logits(model, token_ids), token_ids)
+        everywhere = model(token_ids).logits.log_softmax(-1)
+    positions = [one for one in divergence.spread_positions(token_ids).tolist() if one + 1 < length]
+    wanted = [-everywhere[row, one, token_ids[row, one + 1]] for row in range(3) for one in positions]
+    assert found == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-4)

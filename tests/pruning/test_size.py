@@ -92,7 +92,7 @@ def kinds(recipes):
 def test_there_is_a_way_of_each_kind_with_the_lowest_sparsity(base, share):
     footprint = Footprint.of(opened(base))
     target = int(share * footprint.folder(recipe(values="base", sparsity=0.0)))
-    found = ways(opened(base), recipe(target_size=target))
+    found = ways(Footprint.of(opened(base)), recipe(target_size=target))
     assert kinds(found) == KINDS
     for one in found:
         assert footprint.folder(one) <= target
@@ -106,7 +106,9 @@ def test_there_is_a_way_of_each_kind_with_the_lowest_sparsity(base, share):
 def test_kinds_that_cannot_be_so_small_are_left_out(base):
     least = {kind: least_size(base, *kind) for kind in KINDS}
     target = (min(least.values()) + max(least.values())) // 2
-    assert kinds(ways(opened(base), recipe(target_size=target))) == [kind for kind in KINDS if least[kind] <= target]
+    assert kinds(ways(Footprint.of(opened(base)), recipe(target_size=target))) == [
+        kind for kind in KINDS if least[kind] <= target
+    ]
 
 
 def least_size(base, values, groups, embedding):
@@ -127,7 +129,7 @@ def least_size(base, values, groups, embedding):
 )
 def test_what_is_given_stays(base, options, expected):
     target = Footprint.of(opened(base)).folder(recipe(values="base", sparsity=0.6))
-    assert kinds(ways(opened(base), recipe(target_size=target, **options))) == expected
+    assert kinds(ways(Footprint.of(opened(base)), recipe(target_size=target, **options))) == expected
 
 
 def test_what_cannot_be_so_small_is_refused(base, tmp_path):
@@ -170,7 +172,7 @@ def test_bytes_that_are_asked_for_are_shared_out_by_bytes(base, tmp_path):
     options = {"values": "nl4", "embedding_values": "nl4"}
     target = Footprint.of(opened(base)).folder(recipe(**options, sparsity=0.45))
     best = recipe(preset="best", target_size=target)
-    assert {one.budget for one in ways(opened(base), best)} == {"packed"}
+    assert {one.budget for one in ways(Footprint.of(opened(base)), best)} == {"packed"}
     done = derive_tiny(base, tmp_path / "out", method="admm", budget="packed", target_size=target)
     assert done.manifest["recipe"]["budget"] == "packed"
     assert 0.97 * target <= size(tmp_path / "out") <= target

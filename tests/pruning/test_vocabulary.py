@@ -15,8 +15,10 @@ from secateur.files import sha256_file
 from secateur.models.source import ModelFolder, load_tokenizer
 from secateur.pruning.base import Base
 from secateur.pruning.derive import derive, derive_recipe
+from secateur.pruning.prices import Prices
 from secateur.pruning.size import Footprint
 from secateur.pruning.vocabulary import with_vocabulary
+from secateur.pruning.vocabulary_size import Count, cheapest_count
 from tests.calibration.texts import word_tokenizer
 from tests.pruning.tiny_derivation import Interrupt, contents
 from tests.tiny import tiny_model
@@ -132,3 +134,55 @@ def test_from_python_a_model_is_given_fewer_tokens_first(base, text, tmp_path):
     derive(smaller, calibration, output=tmp_path / "out", method="wanda", threads=1)
     derive_recipe(recipe(base, text), output=tmp_path / "other", threads=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "other")
+
+
+def auto(base, text, target, **options):
+    return recipe(base, text, vocabulary="auto", target_size=target, method="admm", **options)
+
+
+def size_of(base, **options):
+    """Bytes of the whole model without pruning."""
+    return Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(base, "x", sparsity=0.0, **options))
+
+
+@pytest.mark.parametrize(("nats", "fewest"), [(0.0, True), (1e6, False)])
+def test_a_size_has_as_many_tokens_as_serve_best(base, text, tmp_path, monkeypatch, nats, fewest):
+    monkeypatch.setattr("secateur.pruning.vocabulary_size._SHARES", (0.95, 0.9, 0.5))
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_, **__: Prices(0.3, 0.1, nats))
+    said, target = [], round(0.9 * size_of(base, values="int8"))
+    done = derive_recipe(auto(base, text, target), output=tmp_path / "out", threads=1, announce=said.append)
+    assert sum(path.stat().st_size for path in done.path.iterdir()) <= target
+    kept = done.manifest["recipe"]["vocabulary"]
+    assert kept == (270 if fewest else 285)  # with which text is no longer than with all
+    assert f"keeps {kept} of {SIZE} tokens" in said[0]
+    assert ("0.00% longer" in said[0]) != fewest
+    assert AutoModelForCausalLM.from_pretrained(done.path).config.vocab_size <= kept
+    # What is there has its tokens, and nothing is measured for it.
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_, **__: pytest.fail("measured"))
+    again = derive_recipe(auto(base, text, target), output=tmp_path / "out", threads=1, resume=True)
+    assert again.manifest == done.manifest
+
+
+def test_what_all_tokens_leave_no_room_for(base, text, tmp_path):
+    """A size that only fewer tokens reach; and one that none do."""
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        derive_recipe(auto(base, text, 1000), output=tmp_path / "out", threads=1)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("value", ["many", 0, True])
+def test_what_is_no_number_of_tokens_is_refused(base, text, value):
+    with pytest.raises(ConfigError, match="give a number of tokens"):
+        recipe(base, text, vocabulary=value, target_size="1MB")
+    with pytest.raises(ConfigError, match="give --target-size"):
+        recipe(base, text, vocabulary="auto")
+
+
+def test_what_is_lost_by_tokens_and_by_weights_is_weighed():
+    footprint = Footprint((), (), (), 0)
+    many, few = Count(None, 0.0, footprint), Count(100, 0.01, footprint)
+    whole, pruned = (make_recipe({"for": "python", "method": "admm", "sparsity": one}) for one in (0.0, 0.2))
+    found = {many: (pruned,), few: (whole,)}
+    lost = Prices(0.5, 0.0).of(pruned)
+    assert cheapest_count(found, Prices(0.5, 0.0, 90 * lost)) is few
+    assert cheapest_count(found, Prices(0.5, 0.0, 110 * lost)) is many

@@ -5,7 +5,8 @@ the order of the vocabulary, for plain ASCII, because ids follow how frequent to
 was made from. Without that a name that one file repeats would win over words that happen not to be in the text.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.calibration.corpora import domain_key, load_corpus
-from secateur.calibration.documents import HELD_OUT, TRAIN, Provenance
+from secateur.calibration.documents import HELD_OUT, TRAIN, Document, Provenance
 from secateur.calibration.domain_tokens import chat_texts, encoded, indispensable, sample, vocabulary_texts
 from secateur.calibration.mixture import Mixture
 from secateur.errors import CorpusError, ModelError
 
+LEFT_OUT = 5  # one document of so many
 GENERAL = 0.1  # of a token that is expected, by the order of the vocabulary
 
 
@@ -42,7 +44,13 @@ class Ranking:
 
 
 def rank_tokens(
-    mixture: Mixture, tokenizer: Any, *, always: Iterable[int] = (), seed: int = 0, data: Path | None = None
+    mixture: Mixture,
+    tokenizer: Any,
+    *,
+    always: Iterable[int] = (),
+    seed: int = 0,
+    data: Path | None = None,
+    leave_out: bool = False,
 ) -> Ranking:
     """Rank the tokens of a tokenizer for some domains.
 
@@ -58,6 +66,8 @@ def rank_tokens(
         Decides which files are read of a domain with more characters than `domain_tokens.MAX_CHARACTERS`.
     data
         Data folder, as for `load_corpus`.
+    leave_out
+        Leave one document in five out, for `expected_tokens` to count.
 
     Raises
     ------
@@ -71,7 +81,10 @@ def rank_tokens(
     corpora = {domain: load_corpus(domain, TRAIN, data) for domain, _ in mixture}
     for domain, weight in mixture:
         counts = np.zeros_like(expected)
-        for token_ids in encoded(sample(corpora[domain].documents, seed, domain_key(domain)), tokenizer):
+        documents: Sequence[Document] = corpora[domain].documents
+        if leave_out:
+            documents = [one for number, one in enumerate(documents) if number % LEFT_OUT]
+        for token_ids in encoded(sample(documents, seed, domain_key(domain)), tokenizer):
             np.add.at(counts, token_ids, 1)
         expected += (1 - GENERAL) * weight * counts / max(1.0, counts.sum())
     if not expected.any():  # transformers makes an empty tokenizer where a model has none
@@ -85,6 +98,27 @@ def rank_tokens(
     known = np.isin(order, list(words.keys() - needed))
     provenance = tuple(entry for corpus in corpora.values() for entry in corpus.provenance)
     return Ranking(tuple(sorted(needed)), order[known], provenance)
+
+
+def expected_tokens(mixture: Mixture, tokenizer: Any, *, seed: int = 0, data: Path | None = None) -> dict[int, float]:
+    """Return the share of each token in the training documents that `rank_tokens` has left out, by its id.
+
+    Raises
+    ------
+    CorpusError
+        When a corpus cannot be found, or has fewer documents than one in five can be left out of.
+    """
+    shares: dict[int, float] = {}
+    for domain, weight in mixture:
+        documents = load_corpus(domain, TRAIN, data).documents
+        if len(documents) < LEFT_OUT:
+            raise CorpusError(f"{domain} has too few documents to tell how many tokens it needs: give --vocabulary")
+        counts: Counter[int] = Counter()
+        for token_ids in encoded(sample(documents[::LEFT_OUT], seed, domain_key(domain)), tokenizer):
+            counts.update(token_ids)
+        for token, count in counts.items():
+            shares[token] = shares.get(token, 0.0) + weight * count / counts.total()
+    return shares
 
 
 def more_tokens(

@@ -66,8 +66,11 @@ def derive(
         ),
     ] = None,
     vocabulary: Annotated[
-        int | None,
-        typer.Option(help="Keep so many tokens, those the domain needs most; the file is smaller.", show_default="all"),
+        str | None,
+        typer.Option(
+            help="Keep so many tokens, those the domain needs most; auto: as many as --target-size has room for.",
+            show_default="all",
+        ),
     ] = None,
     correction: Annotated[
         float | None,
@@ -109,7 +112,7 @@ def derive(
         "embedding_values": embedding_values,
         "eight_bits": eight_bits,
         "trim_vocabulary": trim_vocabulary,
-        "vocabulary": vocabulary,
+        "vocabulary": int(vocabulary) if vocabulary and vocabulary.isdecimal() else vocabulary,
         "correction": correction,
         "first_token_weight": first_token_weight,
         "recover": recover,

@@ -8,7 +8,7 @@ written. Ids are counted anew, in the old order. What comes out is an ordinary f
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -70,7 +70,7 @@ def check_vocabulary(folder: ModelFolder, count: int) -> int:
     model = load_skeleton(folder)
     size = int(model.get_input_embeddings().weight.shape[0])
     if count >= size:
-        raise ConfigError(f"model {folder.name!r} has {size:,} tokens: leave --vocabulary {count} out, or give fewer")
+        raise _too_many(folder, size, count)
     _byte_pairs(folder.path)
     for name, module in model.named_modules():
         tables = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
@@ -79,8 +79,16 @@ def check_vocabulary(folder: ModelFolder, count: int) -> int:
     return size
 
 
-def choose_vocabulary(folder: ModelFolder, needed: Sequence[int], others: Iterable[int], count: int) -> Vocabulary:
+def _too_many(folder: ModelFolder, size: int, count: int) -> ConfigError:
+    return ConfigError(f"model {folder.name!r} has {size:,} tokens: leave --vocabulary {count} out, or give fewer")
+
+
+def choose_vocabulary(
+    folder: ModelFolder, needed: Sequence[int], others: Iterable[int], count: int, pieces: "Pieces | None" = None
+) -> Vocabulary:
     """Choose at most `count` tokens: all that are needed, and others in their order, each with what it is made of.
+
+    `pieces` are those of the model, where they are there already.
 
     Raises
     ------
@@ -89,8 +97,10 @@ def choose_vocabulary(folder: ModelFolder, needed: Sequence[int], others: Iterab
     ModelError
         As `check_vocabulary`.
     """
-    size = check_vocabulary(folder, count)
-    pieces = _Pieces(_byte_pairs(folder.path))
+    pieces = pieces or Pieces(folder)
+    size = pieces.size
+    if count >= size:
+        raise _too_many(folder, size, count)
     kept: set[int] = set()
     for token in needed:
         kept |= pieces.of(token)
@@ -110,11 +120,12 @@ def choose_vocabulary(folder: ModelFolder, needed: Sequence[int], others: Iterab
     return Vocabulary(np.array(sorted(kept), dtype=np.int64), size)
 
 
-class _Pieces:
-    """What tokens are made of."""
+class Pieces:
+    """What the tokens of a model are made of, and how many there are; raises `ModelError` as `check_vocabulary`."""
 
-    def __init__(self, tokenizer: Mapping[str, Any]) -> None:
-        model = tokenizer["model"]
+    def __init__(self, folder: ModelFolder) -> None:
+        self.size = check_vocabulary(folder, 1)
+        model = _byte_pairs(folder.path)["model"]
         self.vocabulary: dict[str, int] = model["vocab"]
         self.words = {index: word for word, index in self.vocabulary.items()}
         self.made = _made(_merges(model))
@@ -131,6 +142,16 @@ class _Pieces:
                 if part in self.vocabulary and self.vocabulary[part] not in found:
                     found.add(self.vocabulary[part])
                     waiting.append(part)
+        return found
+
+    def count(self, token: int, kept: Container[int]) -> int:
+        """Return into how many of the kept tokens one is split, going back over merges; 1 where it is kept."""
+        found, waiting = 0, [token]
+        while waiting:
+            one = waiting.pop()
+            parts = () if one in kept else self.made.get(self.words.get(one, ""), ())
+            waiting += [self.vocabulary[part] for part in parts if part in self.vocabulary]
+            found += not parts
         return found
 
 

@@ -22,6 +22,7 @@ from secateur.models.source import ModelFolder, load_tokenizer, resolve_model
 from secateur.models.weights import load_skeleton
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import BUDGETS
+from secateur.pruning.divergence import TOKENS
 from secateur.pruning.duration import describe_seconds, expected_seconds
 from secateur.pruning.execution import Execution
 from secateur.pruning.job import Job, forecast_job
@@ -34,6 +35,7 @@ from secateur.pruning.sizing import best_way, sized_recipes
 from secateur.pruning.texts import Texts, check_length
 from secateur.pruning.trials import check_kept, check_search, clear, open_trials, search_folder, searched
 from secateur.pruning.vocabulary import with_vocabulary
+from secateur.pruning.vocabulary_size import fitting_vocabulary
 from secateur.pruning.workspace import check_finished, check_output, open_workspace, partial_folder, tidy
 
 
@@ -214,20 +216,25 @@ def derive_recipe(
             check_search(Path(os.path.normpath(output)), resume=False)
     check_writable(Path(output))
     folder = resolve_model(recipe.model)
+    execution = Execution(output, device, threads, resume, progress, announce, data)
+
+    def draw(samples: int) -> CalibrationSet:
+        length, seed, tokenizer = recipe.sequence_length, recipe.seed, load_tokenizer(folder)
+        return build_calibration_set(mixture, tokenizer, samples=samples, sequence_length=length, seed=seed, data=data)
+
     if recipe.vocabulary is not None:
         check_length(Base.open(folder).model, recipe.sequence_length)  # before a smaller model is written
+        if recipe.vocabulary == "auto":
+            few = Texts(draw(-(-TOKENS // recipe.sequence_length)), None)
+            found = fitting_vocabulary(folder, mixture, recipe, few, execution)
+            recipe = recipe.model_copy(update={"vocabulary": found})
         progress("tokens", 0, 1)
-        folder = with_vocabulary(folder, mixture, recipe.vocabulary, seed=recipe.seed, data=data)
+        if isinstance(recipe.vocabulary, int):
+            folder = with_vocabulary(folder, mixture, recipe.vocabulary, seed=recipe.seed, data=data)
         progress("tokens", 1, 1)
     base = Base.open(folder)
     sized = sized_recipes(base, recipe)
     check_length(base.model, recipe.sequence_length)
-    tokenizer = load_tokenizer(folder)
-
-    def draw(samples: int) -> CalibrationSet:
-        length, seed = recipe.sequence_length, recipe.seed
-        return build_calibration_set(mixture, tokenizer, samples=samples, sequence_length=length, seed=seed, data=data)
-
     calibration, recovery = draw(recipe.samples), None
     if recipe.recover:
         try:
@@ -236,7 +243,6 @@ def derive_recipe(
             raise CorpusError(f"{error} (--recover counts as samples here: give it less)") from None
         sized = tuple(one.model_copy(update={"recover": recovery.token_ids.size}) for one in sized)
     texts = Texts(calibration, recovery)
-    execution = Execution(output, device, threads, resume, progress, announce, data)
     return _carry_out(base, best_way(base, recipe, sized, texts, execution), texts, execution)
 
 

@@ -105,10 +105,15 @@ def parts(block: Block) -> list[tuple[str, ...]]:
     return [tuple(linears) for linears in grouped.values()]
 
 
+def spread_positions(token_ids: Tensor) -> Tensor:
+    """Return positions in [samples, sequence_length] that lie evenly, the same in each sequence."""
+    step = max(1, token_ids.numel() // POSITIONS)
+    return torch.arange(step - 1, token_ids.shape[1], step, device=token_ids.device)
+
+
 def spread_logits(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     """Return [positions, vocabulary], of positions that lie evenly."""
-    step = max(1, token_ids.numel() // POSITIONS)
-    positions = torch.arange(step - 1, token_ids.shape[1], step, device=token_ids.device)
+    positions = spread_positions(token_ids)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits: Tensor = model(input_ids=token_ids, use_cache=False, logits_to_keep=positions).logits
     else:

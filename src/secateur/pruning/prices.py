@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from secateur.checkpoint.format import DENSE_ENCODINGS, INTEGER_BITS
@@ -22,7 +23,14 @@ from secateur.models.products import fast_products
 from secateur.models.structure import embedding_weights
 from secateur.pruning.base import Base
 from secateur.pruning.budgets import EIGHT_BITS_FIRST, share_that_is_pruned
-from secateur.pruning.divergence import first_tokens, mean_divergence, spread_logits, summing_squares, wanda_pruned
+from secateur.pruning.divergence import (
+    first_tokens,
+    mean_divergence,
+    spread_logits,
+    spread_positions,
+    summing_squares,
+    wanda_pruned,
+)
 from secateur.pruning.masks import Target
 from secateur.pruning.method import Method
 from secateur.pruning.methods import METHODS
@@ -53,10 +61,13 @@ class Prices:
         When all prunable weights are pruned to 50% with Wanda.
     small_embedding
         When embedding and head have four bits; int8 is taken to lose nothing.
+    nats
+        What the model itself pays for a token: so much is lost by each token that a text is longer.
     """
 
     halving: float
     small_embedding: float
+    nats: float = 0.0
 
     def of(self, recipe: Recipe) -> float:
         """Return what a recipe is expected to lose."""
@@ -142,6 +153,7 @@ def measure_prices(
             parent = spread_logits(model, token_ids)
         if not bool(torch.isfinite(parent).all()):
             raise ModelError("the model itself gives probabilities that are no numbers: it overflows in its precision")
+        nats = _nats(parent, token_ids)
         progress(1, 3)
         with _small_embedding(model, embedding):
             release_freed_memory()
@@ -157,7 +169,17 @@ def measure_prices(
         progress(3, 3)
     del model, module, weight
     release_freed_memory()
-    return Prices(halving, small)
+    return Prices(halving, small, nats)
+
+
+def _nats(logits: Tensor, token_ids: Tensor) -> float:
+    """Return the mean negative log-likelihood of the tokens that follow the positions of `spread_logits`."""
+    positions = spread_positions(token_ids) + 1
+    positions = positions[positions < token_ids.shape[1]]  # the last one has no token behind it
+    rows = logits.view(len(token_ids), -1, logits.shape[-1])[:, : len(positions)]
+    if not len(positions):
+        return 0.0
+    return float(functional.cross_entropy(rows.flatten(0, 1).float(), token_ids[:, positions].flatten()))
 
 
 @contextmanager

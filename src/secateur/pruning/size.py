@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,6 +70,12 @@ class Footprint:
         carried = sum(path.stat().st_size for path in carried_files(base.folder.path))
         return cls(tuple(kinds[0]), tuple(kinds[1]), tuple(kinds[2]), carried)
 
+    def with_tokens(self, count: int, tokenizer: int) -> "Footprint":
+        """Return that of the same model with fewer tokens; `tokenizer` are the bytes of what shrinks with them."""
+        rows = max(shape[0] for shape, _ in self.whole)
+        whole = tuple((torch.Size((count, *shape[1:])), itemsize) for shape, itemsize in self.whole)
+        return replace(self, whole=whole, carried=self.carried - tokenizer * (rows - count) // rows)
+
     def folder(self, recipe: Recipe) -> int:
         """Return the bytes of a finished sub-model; a little more rather than less, since small files are guessed."""
         encoding = encoding_of(recipe)
@@ -97,7 +103,7 @@ class Footprint:
         return sum(_whole_bytes(shape, dense_encoding_of(recipe)) for shape, _ in self.whole)
 
 
-def ways(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
+def ways(footprint: Footprint, recipe: Recipe) -> tuple[Recipe, ...]:
     """Return recipes that are as small as `target_size` allows: for each kind of values, and of an embedding, one.
 
     What the recipe says stays; of what it leaves open each kind is there, with the lowest sparsity that is allowed.
@@ -110,7 +116,6 @@ def ways(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
     """
     target = recipe.target_size
     assert target is not None  # noqa: S101 - the only caller has looked
-    footprint = Footprint.of(base, base.stored_names())
     found, smallest = [], ("", 0)
     for tried in _kinds(recipe):
         sparsity = _lowest_sparsity(footprint, tried, target, HIGHEST)

@@ -1,6 +1,7 @@
 """From a size that is asked for to a recipe: the ways to be as small, and the one that is expected to lose least."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -15,13 +16,13 @@ from secateur.pruning.texts import Texts
 from secateur.pruning.workspace import begun_recipe, check_begun, check_output, first_difference, partial_folder
 
 _KIND = ("values", "group_size", "embedding_values")
-# Share of the bytes from which on fewer tokens are worth a word; how many these are at least; of how many they save.
-_MUCH, _FEW_TOKENS, _FEWER = 0.2, 24_000, 0.6
+# Share of the bytes from which on fewer tokens are worth a word, and how many there have to be.
+_MUCH, _MANY_TOKENS = 0.2, 30_000
 
 
 def sized_recipes(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
     """Return the recipe alone, or those that its target size leaves; raises `ConfigError` when nothing is as small."""
-    return (recipe,) if recipe.target_size is None else ways(base, recipe)
+    return (recipe,) if recipe.target_size is None else ways(Footprint.of(base, base.stored_names()), recipe)
 
 
 def best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts, execution: Execution) -> Recipe:
@@ -49,7 +50,7 @@ def best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts,
             check_begun(execution.target, begun["recipe"], likest.to_dict())
         if not (execution.resume and os.path.lexists(execution.target)):
             check_output(execution.target, resume=execution.resume)
-        found = cheapest(sized, lambda: _measured(base, sized, texts, execution))
+        found = cheapest(sized, lambda: measured(base, sized, texts, execution))
     if execution.announce is not None:
         execution.announce(f"for {asked.target_size / 1e6:,.0f} MB: {_described(found)}{_advice(base, asked, found)}")
     return found
@@ -60,13 +61,13 @@ def _advice(base: Base, asked: Recipe, found: Recipe) -> str:
     assert asked.target_size is not None  # noqa: S101 - the only caller has looked
     outer = Footprint.of(base).outer(found)
     rows = base.model.config.get_text_config(decoder=True).vocab_size
-    fewer = max(_FEW_TOKENS, rows // 3 // 1000 * 1000)
-    if asked.vocabulary is not None or outer < _MUCH * asked.target_size or fewer > _FEWER * rows:
+    if asked.vocabulary is not None or outer < _MUCH * asked.target_size or rows < _MANY_TOKENS:
         return ""
-    return f"; {outer / asked.target_size:.0%} of that are {rows:,} tokens: --vocabulary {fewer} may lose less"
+    return f"; {outer / asked.target_size:.0%} of that are {rows:,} tokens: --vocabulary auto may lose less"
 
 
-def _measured(base: Base, sized: tuple[Recipe, ...], texts: Texts, execution: Execution) -> Prices:
+def measured(base: Base, sized: Sequence[Recipe], texts: Texts, execution: Execution) -> Prices:
+    """Measure what the ways of some recipes cost on calibration text; raises `ResourceError` without the memory."""
     texts.check(base.model)
     token_ids, threads = texts.calibration.token_ids, execution.n_threads
     folder, device = partial_folder(execution.target), execution.torch_device
