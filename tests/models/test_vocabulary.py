@@ -81,7 +81,9 @@ def test_a_head_with_a_bias_loses_the_same_rows(tmp_path):
     tokenizer().save_pretrained(tmp_path / "whole")
     whole = ModelFolder(tmp_path / "whole", "phi")
     made, kept = smaller(whole, [])
-    torch.testing.assert_close(logits(made, [1, 2]), logits(whole, kept[[1, 2]].tolist())[:, kept], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        logits(made, [1, 2]), logits(whole, kept[[1, 2]].tolist())[:, kept], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_token_that_is_kept_stays_one_and_one_that_is_not_is_split(tmp_path):

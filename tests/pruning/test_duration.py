@@ -72,7 +72,13 @@ def test_the_machine_is_tried_out_with_as_many_threads(dtype):
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(3, "less than a minute"), (60, "1 minute"), (200, "3 minutes"), (1516, "25 minutes"), (7000, "2 hours")],
+    [
+        (3, "less than a minute"),
+        (60, "about 1 minute"),
+        (200, "about 3 minutes"),
+        (1516, "about 25 minutes"),
+        (7000, "about 2 hours"),
+    ],
 )
 def test_durations_are_said_roughly(seconds, said):
     assert describe_seconds(seconds) == said

@@ -301,7 +301,7 @@ def _derive(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> S
         execution.announce(forecast.describe())
         if device.type == "cpu":  # what an accelerator does has not been held against what is reckoned
             seconds = expected_seconds(base, recipe, tokens=tokens, recovering=recovering, threads=threads)
-            execution.announce(f"takes about {describe_seconds(seconds)}, with the machine as busy as now")
+            execution.announce(f"takes {describe_seconds(seconds)}, with the machine as busy as now")
     plan = _plan(base, recipe, texts, shortlist, execution)
     with open_workspace(target, resume=execution.resume) as workspace:
         plan = workspace.start(plan)

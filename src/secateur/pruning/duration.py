@@ -156,7 +156,7 @@ def products_per_second(dtype: torch.dtype, threads: int) -> float:
 
 
 def describe_seconds(seconds: float) -> str:
-    """Return a duration as nobody would take for exact: `1 minute`, `25 minutes`, `3 hours`."""
+    """Return a duration as nobody would take for exact: `about 1 minute`, `about 25 minutes`, `about 3 hours`."""
     if seconds < 45:
         return "less than a minute"
     minutes = seconds / 60
@@ -166,4 +166,4 @@ def describe_seconds(seconds: float) -> str:
         count, unit = 5 * round(minutes / 5), "minute"
     else:
         count, unit = round(minutes / 60), "hour"
-    return f"{count} {unit}{'s' * (count != 1)}"
+    return f"about {count} {unit}{'s' * (count != 1)}"
