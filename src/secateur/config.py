@@ -155,7 +155,7 @@ class Recipe(BaseModel):
     def _tokens_for_a_size(cls, value: object, info: ValidationInfo) -> object:
         """Refuse what is no number, and to find one where nothing says how much room there is."""
         is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if value not in {None, "auto"} and not is_count:
+        if not (value is None or value == "auto" or is_count):
             raise ValueError("give a number of tokens, 1 or more, or auto")
         if value == "auto" and info.data.get("target_size") is None:
             raise ValueError("auto finds out for how many tokens a size has room: give --target-size, or a number")

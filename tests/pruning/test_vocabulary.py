@@ -170,7 +170,7 @@ def test_what_all_tokens_leave_no_room_for(base, text, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("value", ["many", 0, True])
+@pytest.mark.parametrize("value", ["many", 0, True, [1], {"a": 1}])
 def test_what_is_no_number_of_tokens_is_refused(base, text, value):
     with pytest.raises(ConfigError, match="give a number of tokens"):
         recipe(base, text, vocabulary=value, target_size="1MB")
@@ -186,3 +186,46 @@ def test_what_is_lost_by_tokens_and_by_weights_is_weighed():
     lost = Prices(0.5, 0.0).of(pruned)
     assert cheapest_count(found, Prices(0.5, 0.0, 90 * lost)) is few
     assert cheapest_count(found, Prices(0.5, 0.0, 110 * lost)) is many
+
+
+def test_a_begun_derivation_has_the_tokens_it_was_begun_with(base, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.pruning.vocabulary_size._SHARES", (0.95, 0.9, 0.5))
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_, **__: Prices(0.3, 0.1, 0.0))
+    target = round(0.9 * size_of(base, values="int8"))
+    derive_recipe(auto(base, text, target), output=tmp_path / "whole", threads=1)
+
+    def stop(stage, done, _total):
+        if (stage, done) == ("prune", 1):
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        derive_recipe(auto(base, text, target), output=tmp_path / "out", threads=1, progress=stop)
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_, **__: pytest.fail("measured"))
+    derive_recipe(auto(base, text, target), output=tmp_path / "out", threads=1, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_size_that_only_fewer_tokens_reach(base, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.pruning.vocabulary_size._SHARES", (0.95, 0.9))
+    monkeypatch.setattr("secateur.pruning.sizing.measure_prices", lambda *_, **__: Prices(0.3, 0.1, 1e9))
+    fixed = {"values": "int8", "embedding_values": "int8"}
+    least = Footprint.of(Base.open(ModelFolder(base, "tiny"))).folder(recipe(base, text, sparsity=0.9, **fixed))
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        derive_recipe(recipe(base, text, vocabulary=None, target_size=least - 600, **fixed), output=tmp_path / "all")
+    done = derive_recipe(auto(base, text, least - 600, **fixed), output=tmp_path / "out", threads=1)
+    assert done.manifest["recipe"]["vocabulary"] == 285
+    assert sum(path.stat().st_size for path in done.path.iterdir()) <= least - 600
+
+
+def test_all_tokens_are_not_advised_against_where_they_were_chosen(base, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.pruning.vocabulary_size._SHARES", ())
+    monkeypatch.setattr("secateur.pruning.sizing._MANY_TOKENS", 10)
+    monkeypatch.setattr("secateur.pruning.sizing._MUCH", 0.0)
+    said = []
+    target = round(0.9 * size_of(base, values="int8"))
+    for options in ({"vocabulary": "auto"}, {"vocabulary": None}):
+        wanted = recipe(base, text, target_size=target, method="admm", **options)
+        derive_recipe(wanted, output=tmp_path / str(len(said)), threads=1, announce=said.append)
+    advised = [line for line in said if "--vocabulary auto" in line]
+    assert len(advised) == 1
+    assert f"keeps all {SIZE} tokens" in said[0]

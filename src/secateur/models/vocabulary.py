@@ -130,9 +130,8 @@ class Pieces:
         self.words = {index: word for word, index in self.vocabulary.items()}
         self.made = _made(_merges(model))
         # Where bytes stand in for what is unknown, they do; elsewhere a letter that is lost could not be written.
-        self.letters = {
-            index for word, index in self.vocabulary.items() if len(word) == 1 and not model.get("byte_fallback")
-        }
+        self.by_bytes = bool(model.get("byte_fallback"))
+        self.letters = {index for word, index in self.vocabulary.items() if len(word) == 1 and not self.by_bytes}
 
     def of(self, token: int) -> set[int]:
         """Return a token and those from which merges make it."""
@@ -149,9 +148,11 @@ class Pieces:
         found, waiting = 0, [token]
         while waiting:
             one = waiting.pop()
-            parts = () if one in kept else self.made.get(self.words.get(one, ""), ())
+            word = self.words.get(one, "")
+            parts = () if one in kept else self.made.get(word, ())
             waiting += [self.vocabulary[part] for part in parts if part in self.vocabulary]
-            found += not parts
+            if not parts:
+                found += len(word.encode()) if self.by_bytes and one not in kept else 1
         return found
 
 
@@ -188,7 +189,7 @@ def smaller_model(folder: ModelFolder, vocabulary: Vocabulary) -> ModelFolder:
         When the cache cannot be written.
     """
     files = [folder.path / name for name in (*CONFIGS, TOKENIZER, TOKENIZER_CONFIG) if (folder.path / name).exists()]
-    files += [*_copied(folder.path), *folder.weight_files()]
+    files += [*copied_files(folder.path), *folder.weight_files()]
     hashes = [f"{path.name} {sha256_file(path)}" for path in files]
     key = hashlib.sha256("\n".join((*hashes, vocabulary.sha256(), str(VERSION))).encode()).hexdigest()[:16]
     target = cache_folder() / "models" / f"{Path(folder.name).name}-{len(vocabulary.token_ids)}-{key}"
@@ -250,11 +251,12 @@ def _write_tokenizer(source: Path, vocabulary: Vocabulary, target: Path) -> None
     # Other classes may look for a vocabulary in files of their own, which are left behind.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     _write_json(target / TOKENIZER_CONFIG, settings)
-    for path in _copied(source):
+    for path in copied_files(source):
         shutil.copyfile(path, target / path.name)
 
 
-def _copied(source: Path) -> list[Path]:
+def copied_files(source: Path) -> list[Path]:
+    """Return the files of a model that one with fewer tokens has as they are."""
     return [path for pattern in COPIED for path in sorted(source.glob(pattern)) if path.is_file()]
 
 

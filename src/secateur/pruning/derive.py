@@ -222,9 +222,10 @@ def derive_recipe(
         length, seed, tokenizer = recipe.sequence_length, recipe.seed, load_tokenizer(folder)
         return build_calibration_set(mixture, tokenizer, samples=samples, sequence_length=length, seed=seed, data=data)
 
+    finds_tokens = recipe.vocabulary == "auto"
     if recipe.vocabulary is not None:
         check_length(Base.open(folder).model, recipe.sequence_length)  # before a smaller model is written
-        if recipe.vocabulary == "auto":
+        if finds_tokens:
             few = Texts(draw(-(-TOKENS // recipe.sequence_length)), None)
             found = fitting_vocabulary(folder, mixture, recipe, few, execution)
             recipe = recipe.model_copy(update={"vocabulary": found})
@@ -243,7 +244,8 @@ def derive_recipe(
             raise CorpusError(f"{error} (--recover counts as samples here: give it less)") from None
         sized = tuple(one.model_copy(update={"recover": recovery.token_ids.size}) for one in sized)
     texts = Texts(calibration, recovery)
-    return _carry_out(base, best_way(base, recipe, sized, texts, execution), texts, execution)
+    best = best_way(base, recipe, sized, texts, execution, advise=not finds_tokens)
+    return _carry_out(base, best, texts, execution)
 
 
 def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> SubModel:

@@ -95,7 +95,8 @@ def make_forecast(demand: Demand, output: Path) -> Forecast:
         raise ResourceError(
             f"measuring a budget, a quality, a size or which weights need eight bits holds the whole model, about "
             f"{_size(budget)} of memory, and {_size(memory)} are free: use --budget uniform, no --keep-quality, "
-            "--values and --embedding-values beside --target-size, and --eight-bits 0, or a larger machine"
+            "--values and --embedding-values beside --target-size, a number of --vocabulary, and --eight-bits 0, or a "
+            "larger machine"
         )
     if recovery > MEMORY_SHARE * memory:
         raise ResourceError(

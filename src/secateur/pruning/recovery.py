@@ -24,9 +24,9 @@ from secateur.models.finite import all_finite
 from secateur.models.safetensors_writer import write_safetensors
 
 STEP_TOKENS = 2048  # tokens behind one step of the optimiser
-# Of the root mean square of what is kept of a weight: those of one model are ten times as large as those of another.
+# Of how large a weight's kept values are: those of one model are ten times as large as those of another.
 LEARNING_RATE = 1.2e-3
-_SMALLEST = 1e-4  # of such a root, so that a bias of zeros can learn
+_SMALLEST = 1e-4  # of such a size, so that a bias of zeros can learn
 _WARM_UP, _LAST_RATE = 0.05, 0.05  # share of the steps; share of the learning rate
 _BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
 # Logits of sequences that run together; the parent's are there too, and as many gradients.
@@ -220,8 +220,10 @@ class _Course:
 
 
 def _size(weight: Tensor, mask: Tensor | None) -> float:
-    """Return the root mean square of what is kept of a weight."""
+    """Return the root mean square of what is kept of a matrix, the median size of others: few biases may be huge."""
     with torch.no_grad():
+        if weight.ndim < 2:
+            return max(_SMALLEST, float(weight.abs().median()))
         count = weight.numel() if mask is None else int(mask.sum())
         total = float(weight.square().sum() if mask is None else (weight * mask).square().sum())
     return max(_SMALLEST, math.sqrt(total / max(1, count)))

@@ -70,11 +70,14 @@ class Footprint:
         carried = sum(path.stat().st_size for path in carried_files(base.folder.path))
         return cls(tuple(kinds[0]), tuple(kinds[1]), tuple(kinds[2]), carried)
 
-    def with_tokens(self, count: int, tokenizer: int) -> "Footprint":
-        """Return that of the same model with fewer tokens; `tokenizer` are the bytes of what shrinks with them."""
+    def with_tokens(self, count: int, *, tokenizer: int, gone: int) -> "Footprint":
+        """Return that of the same model with fewer tokens.
+
+        `tokenizer` are the bytes of what shrinks with them, `gone` those of files that the smaller model does without.
+        """
         rows = max(shape[0] for shape, _ in self.whole)
         whole = tuple((torch.Size((count, *shape[1:])), itemsize) for shape, itemsize in self.whole)
-        return replace(self, whole=whole, carried=self.carried - tokenizer * (rows - count) // rows)
+        return replace(self, whole=whole, carried=self.carried - gone - tokenizer * (rows - count) // rows)
 
     def folder(self, recipe: Recipe) -> int:
         """Return the bytes of a finished sub-model; a little more rather than less, since small files are guessed."""

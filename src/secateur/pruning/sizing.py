@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from secateur.config import Recipe
+from secateur.errors import ModelError
 from secateur.models.device import limited_threads
+from secateur.models.vocabulary import check_vocabulary
 from secateur.pruning.base import Base
 from secateur.pruning.execution import Execution
 from secateur.pruning.job import forecast_job
@@ -25,8 +27,12 @@ def sized_recipes(base: Base, recipe: Recipe) -> tuple[Recipe, ...]:
     return (recipe,) if recipe.target_size is None else ways(Footprint.of(base, base.stored_names()), recipe)
 
 
-def best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts, execution: Execution) -> Recipe:
+def best_way(
+    base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts, execution: Execution, *, advise: bool = True
+) -> Recipe:
     """Return the one of several recipes, all as small as was asked for, that is expected to lose least.
+
+    With `advise` it is said where fewer tokens may serve better.
 
     A derivation that is resumed has the recipe that it was begun with, which was measured then.
 
@@ -52,7 +58,9 @@ def best_way(base: Base, asked: Recipe, sized: tuple[Recipe, ...], texts: Texts,
             check_output(execution.target, resume=execution.resume)
         found = cheapest(sized, lambda: measured(base, sized, texts, execution))
     if execution.announce is not None:
-        execution.announce(f"for {asked.target_size / 1e6:,.0f} MB: {_described(found)}{_advice(base, asked, found)}")
+        execution.announce(
+            f"for {asked.target_size / 1e6:,.0f} MB: {_described(found)}{_advice(base, asked, found) * advise}"
+        )
     return found
 
 
@@ -63,10 +71,14 @@ def _advice(base: Base, asked: Recipe, found: Recipe) -> str:
     rows = base.model.config.get_text_config(decoder=True).vocab_size
     if asked.vocabulary is not None or outer < _MUCH * asked.target_size or rows < _MANY_TOKENS:
         return ""
+    try:
+        check_vocabulary(base.folder, 1)
+    except ModelError:
+        return ""
     return f"; {outer / asked.target_size:.0%} of that are {rows:,} tokens: --vocabulary auto may lose less"
 
 
-def measured(base: Base, sized: Sequence[Recipe], texts: Texts, execution: Execution) -> Prices:
+def measured(base: Base, sized: Sequence[Recipe], texts: Texts, execution: Execution, *, stage: str = "size") -> Prices:
     """Measure what the ways of some recipes cost on calibration text; raises `ResourceError` without the memory."""
     texts.check(base.model)
     token_ids, threads = texts.calibration.token_ids, execution.n_threads
@@ -74,7 +86,7 @@ def measured(base: Base, sized: Sequence[Recipe], texts: Texts, execution: Execu
     forecast_job(base, sized[-1], token_ids.size, None, threads, folder, device=device, sizing=True)
 
     def progress(done: int, total: int) -> None:
-        execution.progress("size", done, total)
+        execution.progress(stage, done, total)
 
     embedding = next((one.embedding_values for one in sized if one.embedding_values != "int8"), "nl4")
     with limited_threads(threads):

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from secateur.calibration.mixture import Mixture
 from secateur.calibration.vocabulary import expected_tokens, rank_tokens
+from secateur.checkpoint.submodel import carried_files
 from secateur.config import Recipe
 from secateur.errors import ConfigError
 from secateur.models.source import ModelFolder, load_tokenizer
-from secateur.models.vocabulary import TOKENIZER, Pieces, choose_vocabulary
+from secateur.models.vocabulary import CONFIGS, TOKENIZER, TOKENIZER_CONFIG, Pieces, choose_vocabulary, copied_files
 from secateur.pruning.base import Base, named_tokens
 from secateur.pruning.execution import Execution
 from secateur.pruning.prices import Prices
@@ -83,7 +84,7 @@ def fitting_vocabulary(
     if not found:
         ways(Footprint.of(base, base.stored_names()), recipe)  # says what the least is
         raise ConfigError("no number of tokens makes the sub-model as small as was asked for: give --vocabulary")
-    prices = measured(base, [way for smaller in found.values() for way in smaller], texts, execution)
+    prices = measured(base, [way for smaller in found.values() for way in smaller], texts, execution, stage="prices")
     best = cheapest_count(found, prices)
     if execution.announce is not None:
         rows = base.model.config.get_text_config(decoder=True).vocab_size
@@ -113,14 +114,16 @@ def _counts(folder: ModelFolder, base: Base, mixture: Mixture, recipe: Recipe, e
     whole = Footprint.of(base, base.stored_names())
     tokenizer, pieces = load_tokenizer(folder), Pieces(folder)
     seed, data = recipe.seed, execution.data
-    execution.progress("tokens", 0, len(_SHARES) + 1)
+    execution.progress("counts", 0, len(_SHARES) + 1)
     always = named_tokens(folder.path)
-    ranking = rank_tokens(mixture, tokenizer, always=always, seed=seed, data=data, leave_out=True)
     shares = expected_tokens(mixture, tokenizer, seed=seed, data=data)
-    shrinking = (folder.path / TOKENIZER).stat().st_size if (folder.path / TOKENIZER).exists() else 0
+    ranking = rank_tokens(mixture, tokenizer, always=always, seed=seed, data=data, leave_out=True)
+    sizes = {path.name: path.stat().st_size for path in carried_files(folder.path)}
+    stays = {TOKENIZER, TOKENIZER_CONFIG, *CONFIGS, *(path.name for path in copied_files(folder.path))}
+    gone = sum(size for name, size in sizes.items() if name not in stays)
     counts = [Count(None, 0.0, whole)]
     for number, share in enumerate(_SHARES):
-        execution.progress("tokens", number + 1, len(_SHARES) + 1)
+        execution.progress("counts", number + 1, len(_SHARES) + 1)
         unit = _ROUND if pieces.size > 10 * _ROUND else 1
         tokens = round(share * pieces.size / unit) * unit
         try:
@@ -129,6 +132,7 @@ def _counts(folder: ModelFolder, base: Base, mixture: Mixture, recipe: Recipe, e
             break
         known = set(kept.token_ids.tolist())
         longer = sum(portion * (pieces.count(token, known) - 1) for token, portion in shares.items())
-        counts.append(Count(tokens, longer, whole.with_tokens(len(known), shrinking)))
-    execution.progress("tokens", len(_SHARES) + 1, len(_SHARES) + 1)
+        smaller = whole.with_tokens(len(known), tokenizer=sizes.get(TOKENIZER, 0), gone=gone)
+        counts.append(Count(tokens, longer, smaller))
+    execution.progress("counts", len(_SHARES) + 1, len(_SHARES) + 1)
     return counts
