@@ -198,10 +198,14 @@ def test_sentencepiece_of_byte_pairs(tmp_path):
     old = load_tokenizer(whole)
     wanted = [token for token in old.get_vocab().values() if token < 290]
     needed_ = [old.bos_token_id, old.eos_token_id, *(i for t, i in old.get_vocab().items() if t.startswith("<0x"))]
-    vocabulary = choose_vocabulary(whole, sorted(one for one in needed_ if one is not None), wanted, 280)
-    new = load_tokenizer(smaller_model(whole, vocabulary))
-    for text in ("  two spaces", "naïve 日本", "a\n\tb"):
-        assert new.decode(new(text).input_ids) == old.decode(old(text).input_ids)
+    pieces = Pieces(whole)
+    for others in (wanted, []):  # without others letters are written by their bytes
+        vocabulary = choose_vocabulary(whole, sorted(one for one in needed_ if one is not None), others, 280)
+        new, known = load_tokenizer(smaller_model(whole, vocabulary)), set(vocabulary.token_ids.tolist())
+        for text in ("  two spaces", "naïve 日本", "a\n\tb"):
+            assert new.decode(new(text).input_ids) == old.decode(old(text).input_ids)
+            before, after = (one(text, add_special_tokens=False).input_ids for one in (old, new))
+            assert sum(pieces.count(token, known) for token in before) == len(after)
 
 
 def test_a_second_table_of_tokens_is_refused(tmp_path, monkeypatch):
