@@ -199,7 +199,8 @@ def test_sentencepiece_of_byte_pairs(tmp_path):
     wanted = [token for token in old.get_vocab().values() if token < 290]
     needed_ = [old.bos_token_id, old.eos_token_id, *(i for t, i in old.get_vocab().items() if t.startswith("<0x"))]
     pieces = Pieces(whole)
-    for others in (wanted, []):  # without others letters are written by their bytes
+    spaces = [index for token, index in old.get_vocab().items() if not token.strip("▁")]
+    for others in (wanted, spaces):  # without others letters are written by their bytes
         vocabulary = choose_vocabulary(whole, sorted(one for one in needed_ if one is not None), others, 280)
         new, known = load_tokenizer(smaller_model(whole, vocabulary)), set(vocabulary.token_ids.tolist())
         for text in ("  two spaces", "naïve 日本", "a\n\tb"):
