@@ -203,7 +203,7 @@ def test_sentencepiece_of_byte_pairs(tmp_path):
     for others in (wanted, spaces):  # without others letters are written by their bytes
         vocabulary = choose_vocabulary(whole, sorted(one for one in needed_ if one is not None), others, 280)
         new, known = load_tokenizer(smaller_model(whole, vocabulary)), set(vocabulary.token_ids.tolist())
-        for text in ("  two spaces", "naïve 日本", "a\n\tb"):
+        for text in ("  two spaces", "naïve 日本", "a\n\tb", "é中"):
             assert new.decode(new(text).input_ids) == old.decode(old(text).input_ids)
             before, after = (one(text, add_special_tokens=False).input_ids for one in (old, new))
             assert sum(pieces.count(token, known) for token in before) == len(after)
