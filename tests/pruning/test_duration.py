@@ -39,7 +39,8 @@ def test_what_is_counted(opened):
 
 
 def test_seconds_go_by_both_kinds_of_products():
-    work = Work(passes=800.0, grams=0.0, solving=500.0, measuring=0.0, learning=0.0)
+    passes, solving = 1000 * duration._PASSES, 1000 * duration._SOLVING  # of products per second, at what is seen
+    work = Work(passes=passes, grams=0.0, solving=solving, measuring=0.0, learning=0.0)
     assert work.seconds(in_models=1000.0, in_float32=100.0) == pytest.approx(1 + 10)
 
 

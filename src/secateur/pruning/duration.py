@@ -25,10 +25,10 @@ from secateur.pruning.weight import encoding_of
 _TRIED = 1024  # rows and columns of the products that are tried out
 _TRIED_SECONDS = 0.1
 # Share of the tried speed at which each stage was seen to work.
-_PASSES, _GRAMS, _SOLVING, _MEASURING, _LEARNING = 0.8, 1.0, 0.5, 0.8, 0.8
+_PASSES, _GRAMS, _SOLVING, _MEASURING, _LEARNING = 0.5, 1.0, 0.45, 0.6, 0.55
 # Products of a weight with a matrix as wide as its inputs, and factors or inverses of that matrix.
 _SOLVED = {"admm": (40, 5), "sparsegpt": (2, 1)}
-_ROUNDED = (3, 1)  # codes that make up for each other
+_ROUNDED = (20, 1)  # codes that make up for each other, column by column
 _BACKWARD = 3  # passes that a pass with its gradients takes
 
 
