@@ -1,5 +1,6 @@
 """Control groups: real ones where this machine has them, and the files that would be written on one of either kind."""
 
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,7 +46,9 @@ def grouped(sandbox: Sandbox) -> Sandbox:
 
 
 def left(place: Groups) -> list[Path]:
-    return [*place.memory.glob("secateur-program-*"), *place.processes.glob("secateur-program-*")]
+    """The groups of one sandbox: others, in another process, have theirs beside them."""
+    name = f"secateur-program-*-{place.token}"
+    return [*place.memory.glob(name), *place.processes.glob(name)]
 
 
 def test_memory_of_the_kernel_counts(grouped, toolchain_of):
@@ -63,10 +66,16 @@ def test_memory_of_the_kernel_counts(grouped, toolchain_of):
 def test_what_a_kill_has_left_is_removed(grouped):
     place = grouped.groups
     gone = next(pid for pid in range(2**22 - 1, 1, -1) if not psutil.pid_exists(pid))
-    for folder in (place.memory, place.processes):
-        (folder / f"secateur-program-{gone}-0-ab").mkdir(exist_ok=True)
+    stale = [folder / f"secateur-program-{gone}-0-ab" for folder in (place.memory, place.processes)]
+    for folder in stale:
+        folder.mkdir(exist_ok=True)
+    orphan = subprocess.Popen(Group(tuple(stale)).joining(["/bin/sleep", "60"]))
+    while str(orphan.pid) not in (stale[-1] / "cgroup.procs").read_text().split():
+        time.sleep(0.01)
     assert find_groups() == place
-    assert left(place) == []
+    assert orphan.wait(10) == -9
+    assert find_groups() == place
+    assert not any(folder.exists() for folder in stale)
 
 
 def second(root: Path, own: str = "/user.slice/app.slice/terminal.scope", controllers: str = "cpu memory pids") -> Path:

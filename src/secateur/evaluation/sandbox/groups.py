@@ -106,8 +106,7 @@ def find_groups(root: Path = CGROUP_ROOT, own: Path = PROC_CGROUP) -> Groups | N
     for folder in (*groups.memory.glob(f"{_NAME}-*"), *groups.processes.glob(f"{_NAME}-*")):
         pid = folder.name.split("-")[2]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            with suppress(OSError):
-                folder.rmdir()
+            _remove(folder)
     return groups
 
 
@@ -171,5 +170,17 @@ def _write(path: Path, text: str, *, optional: bool = False) -> None:
 
 def _kill(folder: Path) -> None:
     for pid in (folder / "cgroup.procs").read_text().split():
-        with suppress(psutil.Error):
-            psutil.Process(int(pid)).kill()
+        if pid != "0":  # which is one that is not to be seen from here
+            with suppress(psutil.Error):
+                psutil.Process(int(pid)).kill()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a group whose secateur was killed, with what that has left: bubblewrap may be left while it sets up."""
+    for _ in range(20):
+        with suppress(OSError):
+            _kill(folder)
+            folder.rmdir()
+        if not folder.exists():
+            return
+        time.sleep(0.005)
