@@ -13,6 +13,7 @@ from secateur.config import make_recipe
 from secateur.errors import ConfigError, OutputError
 from secateur.files import sha256_file
 from secateur.models.source import ModelFolder, load_tokenizer
+from secateur.pruning import vocabulary_size
 from secateur.pruning.base import Base
 from secateur.pruning.derive import derive, derive_recipe
 from secateur.pruning.prices import Prices
@@ -163,10 +164,16 @@ def test_a_size_has_as_many_tokens_as_serve_best(base, text, tmp_path, monkeypat
     assert again.manifest == done.manifest
 
 
-def test_what_all_tokens_leave_no_room_for(base, text, tmp_path):
-    """A size that only fewer tokens reach; and one that none do."""
+def test_a_size_that_no_number_of_tokens_reaches(base, text, tmp_path, monkeypatch):
+    """What is named is the least with the fewest tokens."""
+    monkeypatch.setattr("secateur.pruning.vocabulary_size._SHARES", (0.95, 0.9))
+    seen = []
+    real = vocabulary_size.ways
+    monkeypatch.setattr(vocabulary_size, "ways", lambda *given: (seen.append(given[0]), real(*given))[1])
     with pytest.raises(ConfigError, match="cannot be reached"):
         derive_recipe(auto(base, text, 1000), output=tmp_path / "out", threads=1)
+    assert seen[-1] == min(seen, key=lambda one: one.carried)
+    assert seen[-1].whole[0][0][0] == 270
     assert not (tmp_path / "out.partial").exists()
 
 

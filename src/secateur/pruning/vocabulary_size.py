@@ -79,11 +79,10 @@ def fitting_vocabulary(
         tokens = begun.get("vocabulary")
         return tokens if isinstance(tokens, int) else None
     base = Base.open(folder)
-    found = {one: _ways(one, recipe) for one in _counts(folder, base, mixture, recipe, execution)}
-    found = {one: smaller for one, smaller in found.items() if smaller}
+    counts = _counts(folder, base, mixture, recipe, execution)
+    found = {one: smaller for one in counts if (smaller := _ways(one, recipe))}
     if not found:
-        ways(Footprint.of(base, base.stored_names()), recipe)  # says what the least is
-        raise ConfigError("no number of tokens makes the sub-model as small as was asked for: give --vocabulary")
+        found = {counts[-1]: ways(counts[-1].footprint, recipe)}  # which says what the least is
     prices = measured(base, [way for smaller in found.values() for way in smaller], texts, execution, stage="prices")
     best = cheapest_count(found, prices)
     if execution.announce is not None:
