@@ -79,9 +79,10 @@ RowsFunction choose(const sct_weight &w) {
     return w.bitmask ? choose_kind<N, false>(w) : choose_kind<N, true>(w);
 }
 
+template <bool kBf16>
 void rows(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin, int64_t row_end) {
     if (in.n > kDirectLimit) {
-        avx512_tiles(w, in, y, y_stride, row_begin, row_end);
+        avx512_tiles(w, in, y, y_stride, row_begin, row_end, kBf16);
         return;
     }
     if (is_integer(w.kind)) {
@@ -132,10 +133,13 @@ bool available() {
            __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
 
+bool available_bf16() { return available() && __builtin_cpu_supports("avx512bf16"); }
+
 }  // namespace
 
-extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", available, quantize, rows};
+extern const Kernels kAvx512, kAvx512Bf16;
+const Kernels kAvx512 = {"avx512", available, quantize, rows<false>};
+const Kernels kAvx512Bf16 = {"avx512-bf16", available_bf16, quantize, rows<true>};
 
 }  // namespace sct
 

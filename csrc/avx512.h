@@ -1,5 +1,6 @@
 // What the AVX-512 files share: loads that stop at the end of the values, nibbles, scales. Needs VNNI, VBMI2, VPOPCNTDQ
-// beside the basic sets: Ice Lake and Zen 4 onwards. Everything has internal linkage, because the linker keeps one copy
+// beside the basic sets, Ice Lake and Zen 4 onwards, and BF16 only where a function says so (Clang has to know it for
+// that). Everything has internal linkage, because the linker keeps one copy
 // of a shared inline function, and code for AVX-512 must not stand in for code that runs everywhere.
 
 #ifndef SECATEUR_AVX512_H
@@ -10,7 +11,7 @@
 #include "kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512vpopcntdq,fma,bmi2,popcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx512vpopcntdq,avx512bf16,fma,bmi2,popcnt"))), apply_to = function)
 #else
 // Some of GCC 12's own intrinsics start from an undefined register.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -26,8 +27,9 @@ namespace sct {
 // For up to kDirectLimit input rows, and integer weights: avx512_integers.cpp.
 void avx512_integers(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin,
                      int64_t row_end);
-// For any number of them: avx512_tiles.cpp.
-void avx512_tiles(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin, int64_t row_end);
+// For any number of them: avx512_tiles.cpp. bf16: whether the processor multiplies bfloat16.
+void avx512_tiles(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin, int64_t row_end,
+                  bool bf16);
 
 namespace {
 
@@ -50,6 +52,12 @@ SCT_INLINE __m512 widen_bf16(__m256i bits) {
 // every sum of a large kernel around and spills some.
 SCT_INLINE __m512i add_products(__m512i sum, __m512i codes, __m512i x) {
     __asm__("vpdpbusd %[x], %[codes], %[sum]" : [sum] "+v"(sum) : [codes] "v"(codes), [x] "v"(x));
+    return sum;
+}
+
+// sum + the products of two with two bfloat16 in each lane. Not the intrinsic, which older compilers do not have.
+SCT_INLINE __m512 add_products_bf16(__m512 sum, __m512i weights, __m512i x) {
+    __asm__("vdpbf16ps %[x], %[weights], %[sum]" : [sum] "+v"(sum) : [weights] "v"(weights), [x] "v"(x));
     return sum;
 }
 

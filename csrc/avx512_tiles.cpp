@@ -1,5 +1,5 @@
 // AVX-512 for more than kDirectLimit input rows: rows of the weight are unpacked once into a tile where 16 of them lie
-// side by side, four columns of integers or one of floats in each lane, and a dense kernel with its sums in registers
+// side by side, four columns of integers, two of bfloat16 or one of floats in each lane, and a dense kernel with its sums in registers
 // runs over all input rows. A lane is a row here, so no sum crosses lanes.
 
 #if defined(__x86_64__)
@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kIntegerWords = 32;  // words of a tile of integers: 64 rows of them are 128 KiB, which L2 holds
-constexpr int64_t kFloatWords = 8;     // the same of floats
 constexpr int64_t kMaxStrips = 4;      // strips of 16 rows
 constexpr int64_t kPitch = kIntegerWords * kWord + 64;  // between unpacked rows; no power of 2, which one set of L1 gets
 
@@ -22,6 +21,12 @@ struct Scratch {
     alignas(64) float scales[kIntegerWords * 2][kMaxStrips * kLanes];  // a line for each word, or half of one
 };
 thread_local Scratch scratch;
+
+// What a lane of a line of the tile holds: four codes, two numbers of bfloat16, or a float.
+enum class Form { kCodes, kPairs, kFloats };
+
+constexpr int64_t lines_of_word(Form form) { return form == Form::kCodes ? 16 : form == Form::kPairs ? 32 : 64; }
+constexpr int64_t block_words(Form form) { return kIntegerWords * 16 / lines_of_word(form); }
 
 // Where a row's values go on: elements for integers, bytes for floats.
 using Positions = int64_t[kMaxStrips * kLanes];
@@ -71,9 +76,25 @@ void unpack_floats(const sct_weight &w, int64_t row, int64_t begin, int64_t end,
     position += values - start;
 }
 
+// The same of bfloat16 as it is stored.
+void unpack_pairs(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t &position, uint8_t *out) {
+    const uint8_t *mask = mask_of(w, row), *limit = values_end(w), *values = row_values(w, row) + position;
+    const uint8_t *start = values;
+    for (int64_t word = begin; word < end; ++word) {
+        uint64_t bits = word_bits(w, mask, word);
+        for (int half = 0; half < 2; ++half, bits >>= 32, out += 64) {
+            __mmask32 lanes = static_cast<__mmask32>(bits);
+            _mm512_store_si512(out, _mm512_maskz_expand_epi16(lanes, load_values<true>(values, limit)));
+            values += 2 * __builtin_popcount(lanes);
+        }
+    }
+    position += values - start;
+}
+
 // A tile: words [begin, end) of the rows from `row` on, `rows` of them, in strips of 16 lanes.
 struct Tile {
     int64_t row, rows, strips, begin, end;
+    Form form;
 };
 
 SCT_INLINE void prefetch(const uint8_t *from, const uint8_t *to) {
@@ -89,8 +110,7 @@ void prefetch_row(const sct_weight &w, int64_t row, const Tile &tile) {
 }
 
 void unpack_tile(const sct_weight &w, const Tile &tile, Positions &positions) {
-    bool integer = is_integer(w.kind);
-    int64_t lines = (tile.end - tile.begin) * (integer ? 16 : 64);
+    int64_t lines = (tile.end - tile.begin) * lines_of_word(tile.form);
     for (int64_t strip = 0; strip < tile.strips; ++strip) {
         // Those of all lanes at first, because what was just stored is slow to load at another alignment.
         int64_t there = min64(tile.rows - strip * kLanes, kLanes);
@@ -105,8 +125,10 @@ void unpack_tile(const sct_weight &w, const Tile &tile, Positions &positions) {
             if (next < w.rows) prefetch_row(w, next, tile);
             if (i >= tile.rows) {
                 memset(out, 0, static_cast<size_t>(lines) * 4);  // computed, not stored
-            } else if (integer) {
+            } else if (tile.form == Form::kCodes) {
                 unpack_codes(w, tile.row + i, tile.begin, tile.end, positions[i], scratch.nibbles[lane], out);
+            } else if (tile.form == Form::kPairs) {
+                unpack_pairs(w, tile.row + i, tile.begin, tile.end, positions[i], out);
             } else {
                 unpack_floats(w, tile.row + i, tile.begin, tile.end, positions[i], out);
             }
@@ -230,26 +252,52 @@ void float_tile(const sct_weight &, const Tile &tile, const Input &in, int64_t t
     store_tile<R, T>(sums, tile, y + t0 * y_stride, y_stride);
 }
 
+template <int R, int T>
+void pair_tile(const sct_weight &, const Tile &tile, const Input &in, int64_t t0, float *y, int64_t y_stride) {
+    __m512 sums[T][R];
+    for (int t = 0; t < T; ++t) {
+        for (int r = 0; r < R; ++r) sums[t][r] = _mm512_setzero_ps();
+    }
+    const uint8_t *weights = scratch.tile;
+    const uint16_t *x = in.bf16 + (t0 * in.words + tile.begin) * kWord;
+    for (int64_t column = 0; column < (tile.end - tile.begin) * kWord; column += 2, weights += R * 64) {
+        __m512i lines[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) lines[r] = _mm512_load_si512(weights + r * 64);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            int32_t two;
+            memcpy(&two, x + t * in.words * kWord + column, sizeof two);
+            __m512i value = _mm512_set1_epi32(two);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) sums[t][r] = add_products_bf16(sums[t][r], lines[r], value);
+        }
+    }
+    store_tile<R, T>(sums, tile, y + t0 * y_stride, y_stride);
+}
+
 using TileFunction = void (*)(const sct_weight &, const Tile &, const Input &, int64_t, float *, int64_t);
 
 template <int R, int T>
-TileFunction choose_kind(const sct_weight &w) {
-    return !is_integer(w.kind) ? float_tile<R, T> : w.group_size == 32 ? integer_tile<R, T, true>
-                                                                     : integer_tile<R, T, false>;
+TileFunction choose_kind(const sct_weight &w, Form form) {
+    return form == Form::kFloats  ? float_tile<R, T>
+           : form == Form::kPairs ? pair_tile<R, T>
+           : w.group_size == 32   ? integer_tile<R, T, true>
+                                  : integer_tile<R, T, false>;
 }
 
 // 32 rows for few input rows, because few rows are left to fill registers with; else 64.
 template <int R>
-TileFunction choose(const sct_weight &w, int64_t count) {
+TileFunction choose(const sct_weight &w, Form form, int64_t count) {
     switch (count) {
-        case 1: return choose_kind<R, 1>(w);
-        case 2: return choose_kind<R, 2>(w);
-        case 3: return choose_kind<R, 3>(w);
-        case 4: return choose_kind<R, 4>(w);
-        case 5: return choose_kind<R, 5>(w);
-        case 6: return choose_kind<R, 6>(w);
-        case 7: return choose_kind<R, R == 2 ? 7 : 6>(w);
-        default: return choose_kind<R, R == 2 ? 8 : 6>(w);
+        case 1: return choose_kind<R, 1>(w, form);
+        case 2: return choose_kind<R, 2>(w, form);
+        case 3: return choose_kind<R, 3>(w, form);
+        case 4: return choose_kind<R, 4>(w, form);
+        case 5: return choose_kind<R, 5>(w, form);
+        case 6: return choose_kind<R, 6>(w, form);
+        case 7: return choose_kind<R, R == 2 ? 7 : 6>(w, form);
+        default: return choose_kind<R, R == 2 ? 8 : 6>(w, form);
     }
 }
 
@@ -260,21 +308,22 @@ void run(const sct_weight &w, const Tile &tile, const Input &in, float *y, int64
     int64_t parts = ceil_div(in.n, kMost);
     for (int64_t part = 0; part < parts; ++part) {
         int64_t begin = in.n * part / parts, end = in.n * (part + 1) / parts;
-        choose<R>(w, end - begin)(w, tile, in, begin, y, y_stride);
+        choose<R>(w, tile.form, end - begin)(w, tile, in, begin, y, y_stride);
     }
 }
 
 }  // namespace
 
 void avx512_tiles(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin,
-                  int64_t row_end) {
+                  int64_t row_end, bool bf16) {
     int64_t strips = in.n <= 16 ? 2 : kMaxStrips;
-    int64_t block = is_integer(w.kind) ? kIntegerWords : kFloatWords;
+    Form form = is_integer(w.kind) ? Form::kCodes : bf16 && w.kind == SCT_BF16 ? Form::kPairs : Form::kFloats;
+    int64_t block = block_words(form);
     for (int64_t row = row_begin; row < row_end; row += strips * kLanes) {
         Positions positions = {};
         for (int64_t begin = 0; begin < in.words; begin += block) {
             int64_t rows = min64(row_end - row, strips * kLanes);
-            Tile tile = {row, rows, strips, begin, min64(in.words, begin + block)};
+            Tile tile = {row, rows, strips, begin, min64(in.words, begin + block), form};
             unpack_tile(w, tile, positions);
             if (w.group_size == 32) {
                 unpack_scales<true>(w, tile);

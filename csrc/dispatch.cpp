@@ -14,6 +14,7 @@ namespace {
 // The best first.
 const Kernels *const kSets[] = {
 #ifdef SCT_X86
+    &kAvx512Bf16,
     &kAvx512,
     &kAvx2Vnni,
     &kAvx2,
@@ -81,14 +82,14 @@ extern "C" void sct_rows(const sct_weight *weight, const void *input, int64_t n,
                          int64_t row_begin, int64_t row_end) {
     using namespace sct;
     Input in = input_view(input);
-    int needed = is_integer(weight->kind) ? SCT_FORM_INTEGER : SCT_FORM_FLOAT;
-    if (in.n != n || in.cols != weight->cols || !(in.forms & needed)) {
+    if (in.n != n || in.cols != weight->cols || !(in.forms & form_of(weight->kind))) {
         // A mistake of the caller: better seen than read past the input.
         for (int64_t t = 0; t < n; ++t) {
             for (int64_t row = row_begin; row < row_end; ++row) y[t * y_stride + row] = NAN;
         }
         return;
     }
+    if (weight->kind == SCT_BF16) in.floats = in.rounded;
     if (row_begin < row_end && n > 0) active_kernels().rows(*weight, in, y, y_stride, row_begin, row_end);
 }
 
@@ -124,7 +125,7 @@ void multiply_part(void *argument, int, int) {
 }  // namespace
 
 extern "C" int sct_matmul(sct_pool *pool, const sct_weight *weight, const float *x, int64_t n, float *y) {
-    int form = sct::is_integer(weight->kind) ? SCT_FORM_INTEGER : SCT_FORM_FLOAT;
+    int form = sct::form_of(weight->kind);
     void *input = malloc(sct_input_bytes(weight->cols, n, form));
     if (!input) return -1;
     sct_input_begin(input, n, weight->cols, form);

@@ -35,8 +35,6 @@ Range share(int64_t count, int thread, int threads) {
 // Tiles are made of whole steps; one vector can be split anywhere, which shares small weights out better.
 int64_t row_unit(int64_t n) { return n == 1 ? 8 : SCT_ROW_STEP; }
 
-int form_of(const sct_weight &weight) { return weight.kind >= SCT_INT8 ? SCT_FORM_INTEGER : SCT_FORM_FLOAT; }
-
 }  // namespace
 
 void sct_model::reserve(int64_t rows) {
@@ -48,7 +46,7 @@ void sct_model::reserve(int64_t rows) {
     size_t bytes = 0;
     for (int64_t cols : {shape.hidden, shape.heads * shape.head_dim, shape.intermediate})
         for (int64_t few : {rows, std::min(rows, sct::kDirectLimit)})  // which have parts that many do not have
-            bytes = std::max(bytes, sct_input_bytes(cols, few, SCT_FORM_FLOAT | SCT_FORM_INTEGER));
+            bytes = std::max(bytes, sct_input_bytes(cols, few, SCT_FORM_FLOAT | SCT_FORM_INTEGER | SCT_FORM_BF16));
     input.reserve(bytes);
 }
 
@@ -63,7 +61,7 @@ void sct_model::prepare(const float *x, int64_t n, int64_t cols, int forms) {
 
 void sct_model::multiply(const float *x, int64_t n, int64_t cols, const Product *products, int count) {
     int forms = 0;
-    for (int i = 0; i < count; i++) forms |= form_of(*products[i].weight);
+    for (int i = 0; i < count; i++) forms |= sct::form_of(products[i].weight->kind);
     prepare(x, n, cols, forms);
     const int threads = sct_pool_threads(pool);
     for (int i = 0; i < count; i++) shares[i].reset(threads, products[i].weight->rows, row_unit(n));
@@ -169,7 +167,7 @@ void sct_model::attention(int64_t index, sct_sequence *const *sequences) {
 
 void sct_model::mlp(const sct_block &block, int64_t n) {
     const int64_t middle = shape.intermediate;
-    prepare(normed.data(), n, shape.hidden, form_of(block.gate) | form_of(block.up));
+    prepare(normed.data(), n, shape.hidden, sct::form_of(block.gate.kind) | sct::form_of(block.up.kind));
     shares[0].reset(sct_pool_threads(pool), middle, row_unit(n));
     parallel(pool, [&](int thread, int) {
         for (int64_t begin, end; shares[0].take(thread, begin, end);) {

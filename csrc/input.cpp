@@ -1,4 +1,5 @@
-// Activations in the forms that the kernels read: padded floats, and signed bytes with a scale for each 64 columns.
+// Activations in the forms that the kernels read: padded floats, the same rounded to bfloat16, and signed bytes with a
+// scale for each 64 columns.
 
 #include <type_traits>
 
@@ -36,9 +37,11 @@ Input input_layout(void *buffer, int64_t cols, int64_t n, int forms) {
         }
         used += padded(sizeof *part * static_cast<size_t>(n * in.words * elements_of_a_word));
     };
-    bool with_floats = forms & SCT_FORM_FLOAT, with_integers = forms & SCT_FORM_INTEGER, direct = n <= kDirectLimit;
-    take(in.floats, with_floats, kWord);
-    take(in.split, with_floats && direct, kWord);
+    bool with_bf16 = forms & SCT_FORM_BF16, with_integers = forms & SCT_FORM_INTEGER, direct = n <= kDirectLimit;
+    take(in.floats, forms & SCT_FORM_FLOAT, kWord);
+    take(in.rounded, with_bf16, kWord);
+    take(in.split, with_bf16 && direct, kWord);
+    take(in.bf16, with_bf16 && !direct, kWord);
     take(in.codes, with_integers, kWord);
     take(in.scales, with_integers, 1);
     take(in.half_sums, with_integers, 2);
@@ -60,12 +63,20 @@ void prepare_floats(const Input &in, const float *x, int64_t t) {
     float *floats = in.floats + t * width;
     memcpy(floats, x, sizeof(float) * static_cast<size_t>(in.cols));
     for (int64_t i = in.cols; i < width; ++i) floats[i] = 0;
+}
+
+void prepare_bf16(const Input &in, const float *x, int64_t t) {
+    int64_t width = in.words * kWord;
+    float *rounded = in.rounded + t * width;
+    for (int64_t i = 0; i < in.cols; ++i) rounded[i] = bf16_to_float(float_to_bf16(x[i]));
+    for (int64_t i = in.cols; i < width; ++i) rounded[i] = 0;
+    for (int64_t i = 0; in.bf16 && i < width; ++i) in.bf16[t * width + i] = float_to_bf16(rounded[i]);
     if (!in.split) return;
     float *split = in.split + t * width;
     for (int64_t begin = 0; begin < width; begin += 32) {
         for (int64_t i = 0; i < 16; ++i) {
-            split[begin + i] = floats[begin + 2 * i];
-            split[begin + 16 + i] = floats[begin + 2 * i + 1];
+            split[begin + i] = rounded[begin + 2 * i];
+            split[begin + 16 + i] = rounded[begin + 2 * i + 1];
         }
     }
 }
@@ -95,6 +106,7 @@ extern "C" void sct_input_rows(void *buffer, const float *x, int64_t stride, int
     sct::Input in = sct::input_view(buffer);
     for (int64_t t = begin; t < end; ++t) {
         if (in.floats) sct::prepare_floats(in, x + t * stride, t);
+        if (in.rounded) sct::prepare_bf16(in, x + t * stride, t);
         if (in.codes) sct::prepare_integers(in, x + t * stride, t);
     }
 }

@@ -33,6 +33,14 @@ inline float bf16_to_float(uint16_t bits) {
     return value;
 }
 
+// The nearest bfloat16, even on ties; what is not finite stays so.
+inline uint16_t float_to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
+    return static_cast<uint16_t>(((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded) >> 16);
+}
+
 float fp16_to_float(uint16_t bits);
 
 // What the codes of nl4 stand for, less the scale. They are those of llama.cpp's IQ4_NL.
@@ -43,6 +51,9 @@ inline int32_t code_offset(int kind) { return kind == SCT_INT4 ? 8 : 128; }
 
 inline bool is_nibble(int kind) { return kind == SCT_INT4 || kind == SCT_NL4; }
 inline bool is_integer(int kind) { return kind == SCT_INT8 || is_nibble(kind); }
+inline int form_of(int kind) {
+    return is_integer(kind) ? SCT_FORM_INTEGER : kind == SCT_BF16 ? SCT_FORM_BF16 : SCT_FORM_FLOAT;
+}
 inline int64_t group_count(const sct_weight &w) { return is_integer(w.kind) ? ceil_div(w.cols, w.group_size) : 0; }
 inline const uint8_t *mask_of(const sct_weight &w, int64_t row) {
     return w.bitmask ? w.bitmask + row * word_count(w.cols) * 8 : nullptr;
@@ -65,8 +76,10 @@ inline const uint8_t *values_end(const sct_weight &w) { return static_cast<const
 struct Input {
     int64_t cols, n, words;
     int forms;
-    float *floats;            // [n, words * 64]
-    float *split;             // the same, each 32 columns as 16 even ones, then 16 odd; only if n <= kDirectLimit
+    float *floats;            // [n, words * 64]; where a weight of BF16 is multiplied, `rounded`
+    float *rounded;           // the same, rounded to bfloat16
+    float *split;             // `rounded`, each 32 columns as 16 even ones, then 16 odd; only if n <= kDirectLimit
+    uint16_t *bf16;           // `rounded` in two bytes each; only if n > kDirectLimit
     int8_t *codes;            // [n, words * 64], in -127..127
     float *scales;            // [n, words]: x is about code * scale; NaN where x holds NaN or infinity
     int32_t *half_sums;       // [n, words, 2]: sum of the codes of 32 columns
@@ -101,7 +114,7 @@ const Kernels &active_kernels();
 extern const Kernels kReference;
 #if defined(__x86_64__) || defined(_M_X64)
 #define SCT_X86 1
-extern const Kernels kAvx2, kAvx2Vnni, kAvx512;
+extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Bf16;
 #endif
 #if defined(__aarch64__)
 #define SCT_NEON 1

@@ -46,7 +46,7 @@ void repeat_part(void *argument, int thread, int threads) {
 }  // namespace
 
 extern "C" int sct_repeat_product(sct_pool *pool, const sct_weight *weight, int64_t rows, int times) {
-    const int form = sct::is_integer(weight->kind) ? SCT_FORM_INTEGER : SCT_FORM_FLOAT;
+    const int form = sct::form_of(weight->kind);
     void *input = malloc(sct_input_bytes(weight->cols, 1, form));
     float *x = static_cast<float *>(calloc(static_cast<size_t>(weight->cols), sizeof(float)));
     float *y = static_cast<float *>(malloc(static_cast<size_t>(rows) * sizeof(float)));

@@ -14,7 +14,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)  // everything else is compiled hidden
 
-#define SCT_ABI_VERSION 3
+#define SCT_ABI_VERSION 4
 
 // How a kept weight is stored. Integer codes are unsigned with an offset: value = (code - 128) * scale for int8,
 // (code - 8) * scale for int4 (two in a byte, low nibble first; each row begins on a byte). nl4 is packed like int4, and
@@ -38,8 +38,9 @@ typedef struct {
 const char *sct_check_weight(const sct_weight *weight);
 
 // Activations x [n, cols] (row t at x + t * stride) in the forms that the kernels read. One prepared input serves
-// every weight with these cols: `forms` says which kinds it has to serve.
-enum { SCT_FORM_FLOAT = 1, SCT_FORM_INTEGER = 2 };
+// every weight with these cols: `forms` says which kinds it has to serve. Weights of BF16 meet activations that are rounded
+// to bfloat16, of FP16 those that are given, of integers those that are rounded to signed bytes.
+enum { SCT_FORM_FLOAT = 1, SCT_FORM_INTEGER = 2, SCT_FORM_BF16 = 4 };
 size_t sct_input_bytes(int64_t cols, int64_t n, int forms);
 void sct_input_prepare(void *buffer, const float *x, int64_t stride, int64_t n, int64_t cols, int forms);
 
@@ -75,8 +76,8 @@ uint64_t sct_read_memory(sct_pool *pool, const void *data, size_t bytes);
 // processors, what the kernel can do without memory. Returns 0, or -1 without memory.
 int sct_repeat_product(sct_pool *pool, const sct_weight *weight, int64_t rows, int times);
 
-// Instruction set in use: "reference", "avx2", "avx2-vnni" and "neon" (with dot products of bytes), "avx512" or
-// "neon-base". The best that the processor has, unless the environment says SECATEUR_ISA; sct_set_isa returns 0, or -1
+// Instruction set in use: "reference", "avx2", "avx2-vnni" and "neon" (with dot products of bytes), "avx512",
+// "avx512-bf16" (with dot products of bfloat16) or "neon-base". The best that the processor has, unless the environment says SECATEUR_ISA; sct_set_isa returns 0, or -1
 // for one that is unknown or not to be had here.
 const char *sct_isa(void);
 const char *sct_isa_at(int index);  // those that can be had here, the best first; NULL beyond the last

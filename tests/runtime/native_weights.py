@@ -32,6 +32,12 @@ def bf16(values):
     return bits, (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def rounded_to_bf16(x):
+    """Return float32 rounded to the nearest bfloat16, even on ties."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def packed_nibbles(codes):
     padded = np.append(codes, 0) if codes.size % 2 else codes
     return (padded[::2] | (padded[1::2] << 4)).astype(np.uint8)

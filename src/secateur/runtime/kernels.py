@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from secateur.errors import CheckpointError, NativeCodeError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-ABI_VERSION = 3
+ABI_VERSION = 4
 KINDS = {"bf16": 0, "fp16": 1, "int8": 2, "int4": 3, "nl4": 4}
 GROUP_SIZES = (32, 64, 128)
 WORD_BITS = 64
