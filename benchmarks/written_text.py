@@ -1,27 +1,33 @@
-"""Text that a model writes itself, to calibrate on or to recover from, as JSONL of {"text": ...}.
+"""Text that a model writes itself, or turns in its template, to calibrate on or recover from: JSONL of {"text": ...}.
 
     python benchmarks/written_text.py MODEL functions -o functions.jsonl [--for python] [--tokens 48000] [--seed 123]
 
 `own` goes on from the first tokens of calibration documents. `answers` and `functions` are turns in the model's chat
 template: the former are asked about the beginning of such a document, the latter complete a Python function of one, of
-which they get the head and the docstring. All are drawn at a temperature, 1 if nothing is said. Documents are those of
-the calibration split, and no benchmark's.
+which they get the head and the docstring. All are drawn at a temperature, 1 if nothing is said. `pairs` are the same
+turns as `functions`, of all functions with a docstring, and the answer is what the document itself has: no model runs.
+Documents are those of the calibration split, and no benchmark's.
 """
 
 import argparse
+import ast
 import json
+import random
 import re
+import textwrap
 from itertools import islice
 from pathlib import Path
 
 import secateur
+from secateur.calibration.corpora import load_corpus
 from secateur.evaluation.programs.problem import FENCE, Problem
 from secateur.files import atomic_write_bytes
 from secateur.models.source import load_tokenizer, resolve_model
 
-KINDS = ("own", "answers", "functions")
+KINDS = ("own", "answers", "functions", "pairs")
 BEGINNING, SHOWN = 24, 96  # tokens of a document that the model goes on from, and is asked about
 LENGTH, TOGETHER = 512, 32
+LONGEST = 2500  # characters of a function of `pairs`
 QUESTIONS = ("Explain what this code does.", "Write tests for this code.", "Improve this code and explain the changes.")
 # The head of a function of a module, with a docstring of at least 40 characters.
 FUNCTION = re.compile(r'^(def \w+\([^()]*\)[^\n]*:\n    """(?:(?!""").){40,600}"""\n)', re.MULTILINE | re.DOTALL)
@@ -43,15 +49,54 @@ def prompts(tokenizer, kind, rows):
             yield asked(tokenizer, f"{QUESTIONS[number % len(QUESTIONS)]}\n\n```\n{code}\n```")
         else:
             for head in FUNCTION.findall(tokenizer.decode(row, skip_special_tokens=True)):
-                problem = Problem("", "python", head, (), "")
                 if head not in heads:
-                    yield asked(tokenizer, problem.question()) + problem.reply()
+                    yield begun(tokenizer, head)
                 heads.add(head)
+
+
+def begun(tokenizer, head):
+    """Return the question to complete a function, and the beginning of the answer."""
+    problem = Problem("", "python", head, (), "")
+    return asked(tokenizer, problem.question()) + problem.reply()
+
+
+def functions_of(source):
+    """Give (head with docstring, body) of the functions of a file that have both."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    lines = source.splitlines(keepends=True)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef) or len(ast.get_docstring(node) or "") < 40 or len(node.body) < 2:
+            continue
+        whole = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).splitlines(keepends=True)
+        head = node.body[0].end_lineno - node.lineno + 1
+        if sum(map(len, whole)) <= LONGEST:
+            yield "".join(whole[:head]), "".join(whole[head:]).rstrip("\n")
+
+
+def write_pairs(tokenizer, path, *, domain, tokens, data, seed):
+    """Save questions with the documents' own answers, in a drawn order, of about as many tokens as are asked for."""
+    corpus = load_corpus(domain, "train", data)
+    pairs = sorted({pair for document in corpus.documents for pair in functions_of(document.text)})
+    random.Random(seed).shuffle(pairs)
+    lines, count = [], 0
+    for head, answer in pairs:
+        text = f"{begun(tokenizer, head)}{answer}{FENCE}{tokenizer.eos_token}\n"
+        count += len(tokenizer.encode(text))
+        if count > tokens:
+            break
+        lines.append(json.dumps({"text": text}))
+    atomic_write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def write_text(model_name, kind, path, *, domain="python", tokens=48_000, data=None, seed=123, temperature=1.0):
     """Let a model write about as many tokens as are asked for, prompts included, and save them."""
     tokenizer = load_tokenizer(resolve_model(model_name))
+    if kind == "pairs":
+        write_pairs(tokenizer, path, domain=domain, tokens=tokens, data=data, seed=seed)
+        return
     samples = 16 * (-(-tokens // LENGTH)) if kind == "functions" else -(-tokens // LENGTH)
     rows = secateur.calibrate(domain, tokenizer, samples=samples, data=data, seed=seed).token_ids.tolist()
     model, lines, count = secateur.load(model_name), [], 0
