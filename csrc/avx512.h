@@ -27,6 +27,9 @@ namespace sct {
 // For up to kDirectLimit input rows, and integer weights: avx512_integers.cpp.
 void avx512_integers(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin,
                      int64_t row_end);
+// The same for weights in four bits without a bitmask: avx512_nibbles.cpp.
+void avx512_nibbles(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin,
+                    int64_t row_end);
 // For any number of them: avx512_tiles.cpp. bf16: whether the processor multiplies bfloat16.
 void avx512_tiles(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin, int64_t row_end,
                   bool bf16);
@@ -157,6 +160,44 @@ SCT_INLINE void transpose(const uint8_t *from, int64_t pitch, uint8_t *to, int64
         _mm512_store_si512(to + (4 + j) * to_pitch, _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88));
         _mm512_store_si512(to + (8 + j) * to_pitch, _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd));
         _mm512_store_si512(to + (12 + j) * to_pitch, _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd));
+    }
+}
+
+constexpr int64_t kRows = 16;  // whose lanes are added up together
+
+// y[r] = sum of the lanes of sums[r] for r in [0, count).
+SCT_INLINE void add_lanes(const __m512 (&sums)[kRows], float *y, int64_t count) {
+    __m512 a[8], b[4], c[2];
+    // Halves of pairs of rows, then quarters of fours, until each quarter holds 4 rows' sums of 4 lanes.
+    for (int i = 0; i < 8; ++i) {
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[i], sums[i + 8]), _mm512_unpackhi_ps(sums[i], sums[i + 8]));
+    }
+    for (int i = 0; i < 4; ++i) {
+        b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[i], a[i + 4]), _mm512_unpackhi_ps(a[i], a[i + 4]));
+    }
+    // Each quarter of b[i]: the rows i, i + 4, i + 8, i + 12.
+    for (int i = 0; i < 2; ++i) {
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[i], b[i + 2], 0x88), _mm512_shuffle_f32x4(b[i], b[i + 2], 0xdd));
+    }
+    __m512 d = _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+    // Quarters: b[0], b[2], b[1], b[3], each with its rows.
+    const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 14, 6, 10, 2, 13, 5, 9, 1, 12, 4, 8, 0);
+    _mm512_mask_storeu_ps(y, static_cast<__mmask16>(first_lanes(count)), _mm512_permutexvar_ps(order, d));
+}
+
+// Rows one after the other; each(row, sums) adds row's products. Sixteen at a time are stored.
+template <int N, typename Each>
+SCT_INLINE void store_rows(float *y, int64_t y_stride, int64_t row_begin, int64_t row_end, const Each &each) {
+    alignas(64) __m512 stored[N][kRows];
+    for (int64_t first = row_begin; first < row_end; first += kRows) {
+        const int64_t count = min64(kRows, row_end - first);
+        for (int64_t i = 0; i < kRows; ++i) {
+            __m512 sums[N];
+            for (int t = 0; t < N; ++t) sums[t] = _mm512_setzero_ps();
+            if (i < count) each(first + i, sums);
+            for (int t = 0; t < N; ++t) stored[t][i] = sums[t];
+        }
+        for (int t = 0; t < N; ++t) add_lanes(stored[t], y + t * y_stride + first, count);
     }
 }
 

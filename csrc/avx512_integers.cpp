@@ -1,4 +1,4 @@
-// AVX-512 for up to kDirectLimit input rows and integer weights: each bitmask word expands its codes into a register,
+// AVX-512 for up to kDirectLimit input rows and integer weights, but for dense ones of four bits: each bitmask word expands its codes into a register,
 // removed ones as the code of zero, and VNNI sums four products in a lane. What the offset of the codes adds depends on
 // the input alone: it is taken away once for each 16 words of a row. The sums of 16 rows are added up over their lanes
 // together.
@@ -10,10 +10,10 @@
 namespace sct {
 namespace {
 
-constexpr int64_t kRows = 16;       // that are added up together
 constexpr int64_t kNibbles = 8192;  // that are unpacked at a time: what was just stored cannot be loaded at another
                                     // alignment without a wait, so the first of them have to be old
-constexpr int64_t kAhead = 4096;    // bytes of values to prefetch ahead, and half as many of masks
+constexpr int64_t kAhead = 4096;        // bytes of values to prefetch ahead, and half as many of masks
+constexpr int64_t kScalesAhead = 1024;  // and of scales, which the processor does not find by itself
 
 SCT_INLINE void prefetch(const void *at) { _mm_prefetch(static_cast<const char *>(at), _MM_HINT_T1); }
 
@@ -96,6 +96,7 @@ SCT_INLINE void multiply_row(const sct_weight &w, const Row &row, const Input &i
         alignas(64) float factors[N][32];
         multiply_scales<N, kNarrow, kNibble>(w, row, in, word, factors, sums);
         __asm__("" : "+m"(factors));  // or GCC takes them from a register by shuffles, of which there are enough
+        prefetch(reinterpret_cast<const uint8_t *>(row.scales + (kNarrow ? 2 * word : word)) + kScalesAhead);
         if (!kDense) {
             prefetch(row.mask + 8 * word + kAhead / 2);
             prefetch(row.mask + 8 * word + kAhead / 2 + 64);
@@ -105,7 +106,7 @@ SCT_INLINE void multiply_row(const sct_weight &w, const Row &row, const Input &i
 #pragma GCC unroll 1
         for (; i + 2 <= count; i += 2) {
             prefetch(ahead);
-            if (kDense && !kNibble) prefetch(ahead + 64);
+            if (kDense) prefetch(ahead + 64);
             ahead += row.ahead_step;
             multiply_word<N, kDense, kNarrow, kGuard>(row, in, word + i, i, factors, codes, zero_code, sums);
             multiply_word<N, kDense, kNarrow, kGuard>(row, in, word + i + 1, i + 1, factors, codes, zero_code, odd);
@@ -113,42 +114,6 @@ SCT_INLINE void multiply_row(const sct_weight &w, const Row &row, const Input &i
         if (i < count) multiply_word<N, kDense, kNarrow, kGuard>(row, in, word + i, i, factors, codes, zero_code, sums);
     }
     for (int t = 0; t < N; ++t) sums[t] = _mm512_add_ps(sums[t], odd[t]);
-}
-
-// y[r] = sum of the lanes of sums[r] for r in [0, count).
-SCT_INLINE void add_lanes(const __m512 (&sums)[kRows], float *y, int64_t count) {
-    __m512 a[8], b[4], c[2];
-    // Halves of pairs of rows, then quarters of fours, until each quarter holds 4 rows' sums of 4 lanes.
-    for (int i = 0; i < 8; ++i) {
-        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[i], sums[i + 8]), _mm512_unpackhi_ps(sums[i], sums[i + 8]));
-    }
-    for (int i = 0; i < 4; ++i) {
-        b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[i], a[i + 4]), _mm512_unpackhi_ps(a[i], a[i + 4]));
-    }
-    // Each quarter of b[i]: the rows i, i + 4, i + 8, i + 12.
-    for (int i = 0; i < 2; ++i) {
-        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[i], b[i + 2], 0x88), _mm512_shuffle_f32x4(b[i], b[i + 2], 0xdd));
-    }
-    __m512 d = _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
-    // Quarters: b[0], b[2], b[1], b[3], each with its rows.
-    const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 14, 6, 10, 2, 13, 5, 9, 1, 12, 4, 8, 0);
-    _mm512_mask_storeu_ps(y, static_cast<__mmask16>(first_lanes(count)), _mm512_permutexvar_ps(order, d));
-}
-
-// Rows one after the other; each(row, sums) adds row's products. Sixteen at a time are stored.
-template <int N, typename Each>
-SCT_INLINE void store_rows(float *y, int64_t y_stride, int64_t row_begin, int64_t row_end, const Each &each) {
-    alignas(64) __m512 stored[N][kRows];
-    for (int64_t first = row_begin; first < row_end; first += kRows) {
-        const int64_t count = min64(kRows, row_end - first);
-        for (int64_t i = 0; i < kRows; ++i) {
-            __m512 sums[N];
-            for (int t = 0; t < N; ++t) sums[t] = _mm512_setzero_ps();
-            if (i < count) each(first + i, sums);
-            for (int t = 0; t < N; ++t) stored[t][i] = sums[t];
-        }
-        for (int t = 0; t < N; ++t) add_lanes(stored[t], y + t * y_stride + first, count);
-    }
 }
 
 // Bytes of values that go with two words, on average.
@@ -208,7 +173,7 @@ struct Unpacked {
 };
 
 // Rows longer than the buffer: a part of one at a time.
-template <int N, bool kDense, bool kNarrow, bool kCurved>
+template <int N, bool kNarrow, bool kCurved>
 void long_int4_row(Unpacked<kCurved> &unpacked, const Input &in, int64_t r, __m512 (&sums)[N]) {
     constexpr int64_t kPart = kNibbles / kWord;
     const sct_weight &w = unpacked.w;
@@ -217,50 +182,47 @@ void long_int4_row(Unpacked<kCurved> &unpacked, const Input &in, int64_t r, __m5
     int64_t position = 0;
     for (int64_t begin = 0; begin < in.words; begin += kPart) {
         const int64_t end = min64(in.words, begin + kPart);
-        const int64_t count =
-            kDense ? min64(w.cols - begin * kWord, kNibbles) : count_bits(mask + 8 * begin, end - begin);
+        const int64_t count = count_bits(mask + 8 * begin, end - begin);
         unpacked.unpack(values + position / 2, ((position & 1) + count + 1) / 2);
         const uint8_t *codes = unpacked.buffer + (position & 1);
         const uint8_t *ahead = values + position / 2 + kAhead;
         Row row = {codes, codes + count, mask, w.scales + r * groups, groups, begin, end, ahead, ahead_step(w)};
-        multiply_row<N, kDense, kNarrow, kDense, !kCurved>(w, row, in, sums);
+        multiply_row<N, false, kNarrow, false, !kCurved>(w, row, in, sums);
         position += count;
     }
 }
 
-template <int N, bool kDense, bool kNarrow, bool kCurved>
+template <int N, bool kNarrow, bool kCurved>
 void int4_rows(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin, int64_t row_end) {
     const int64_t groups = group_count(w), mask_bytes = in.words * 8, step = ahead_step(w);
     Unpacked<kCurved> unpacked(w);
     store_rows<N>(y, y_stride, row_begin, row_end, [&](int64_t r, __m512(&sums)[N]) {
         const uint8_t *codes = unpacked.codes(r, row_end);
-        if (!codes) return long_int4_row<N, kDense, kNarrow, kCurved>(unpacked, in, r, sums);
-        // Beyond a row lie the codes of another, which meet zeros of the input.
-        const uint8_t *mask = kDense ? nullptr : w.bitmask + r * mask_bytes;
+        if (!codes) return long_int4_row<N, kNarrow, kCurved>(unpacked, in, r, sums);
         const uint8_t *ahead = row_values(w, r) + kAhead;
-        Row row = {codes, nullptr, mask, w.scales + r * groups, groups, 0, in.words, ahead, step};
-        multiply_row<N, kDense, kNarrow, false, !kCurved>(w, row, in, sums);
+        Row row = {codes, nullptr, w.bitmask + r * mask_bytes, w.scales + r * groups, groups, 0, in.words, ahead, step};
+        multiply_row<N, false, kNarrow, false, !kCurved>(w, row, in, sums);
     });
 }
 
 using RowsFunction = void (*)(const sct_weight &, const Input &, float *, int64_t, int64_t, int64_t);
 
-template <int N, bool kDense, bool kNarrow>
+template <int N, bool kNarrow>
 RowsFunction choose_kind(const sct_weight &w) {
-    if (w.kind == SCT_INT8) return int8_rows<N, kDense, kNarrow>;
-    return w.kind == SCT_INT4 ? int4_rows<N, kDense, kNarrow, false> : int4_rows<N, kDense, kNarrow, true>;
+    if (w.kind == SCT_INT8) return w.bitmask ? int8_rows<N, false, kNarrow> : int8_rows<N, true, kNarrow>;
+    return w.kind == SCT_INT4 ? int4_rows<N, kNarrow, false> : int4_rows<N, kNarrow, true>;
 }
 
 template <int N>
 RowsFunction choose(const sct_weight &w) {
-    if (w.group_size == 32) return w.bitmask ? choose_kind<N, false, true>(w) : choose_kind<N, true, true>(w);
-    return w.bitmask ? choose_kind<N, false, false>(w) : choose_kind<N, true, false>(w);
+    return w.group_size == 32 ? choose_kind<N, true>(w) : choose_kind<N, false>(w);
 }
 
 }  // namespace
 
 void avx512_integers(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin,
                      int64_t row_end) {
+    if (is_nibble(w.kind) && !w.bitmask) return avx512_nibbles(w, in, y, y_stride, row_begin, row_end);
     RowsFunction function = in.n == 1   ? choose<1>(w)
                             : in.n == 2 ? choose<2>(w)
                             : in.n == 3 ? choose<3>(w)

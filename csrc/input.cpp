@@ -29,23 +29,25 @@ Input input_layout(void *buffer, int64_t cols, int64_t n, int forms) {
     in.forms = forms;
     size_t start = padded(reinterpret_cast<uintptr_t>(buffer)) - reinterpret_cast<uintptr_t>(buffer);
     size_t used = padded(sizeof(Header));
-    auto take = [&](auto *&part, bool wanted, int64_t elements_of_a_word) {
+    auto take = [&](auto *&part, bool wanted, int64_t elements_of_a_row) {
         if (!wanted) return;
         if (buffer) {
             void *place = static_cast<char *>(buffer) + start + used;
             part = static_cast<std::remove_reference_t<decltype(part)>>(place);
         }
-        used += padded(sizeof *part * static_cast<size_t>(n * in.words * elements_of_a_word));
+        used += padded(sizeof *part * static_cast<size_t>(n * elements_of_a_row));
     };
     bool with_bf16 = forms & SCT_FORM_BF16, with_integers = forms & SCT_FORM_INTEGER, direct = n <= kDirectLimit;
-    take(in.floats, forms & SCT_FORM_FLOAT, kWord);
-    take(in.rounded, with_bf16, kWord);
-    take(in.split, with_bf16 && direct, kWord);
-    take(in.bf16, with_bf16 && !direct, kWord);
-    take(in.codes, with_integers, kWord);
-    take(in.scales, with_integers, 1);
-    take(in.half_sums, with_integers, 2);
-    take(in.word_sums, with_integers && direct, 1);
+    const int64_t width = in.words * kWord;
+    take(in.floats, forms & SCT_FORM_FLOAT, width);
+    take(in.rounded, with_bf16, width);
+    take(in.split, with_bf16 && direct, width);
+    take(in.bf16, with_bf16 && !direct, width);
+    take(in.codes, with_integers, width);
+    take(in.scales, with_integers, in.words);
+    take(in.half_sums, with_integers, 2 * in.words);
+    take(in.word_sums, with_integers && direct, in.words);
+    take(in.split_codes, with_integers && direct, split_width(in));
     in.bytes = used + kAlignment;
     return in;
 }
@@ -86,6 +88,17 @@ void prepare_integers(const Input &in, const float *x, int64_t t) {
     active_kernels().quantize(x, in.cols, in.codes + t * in.words * kWord, in.scales + t * in.words, half_sums);
     for (int64_t word = 0; in.word_sums && word < in.words; ++word) {
         in.word_sums[t * in.words + word] = static_cast<float>(half_sums[2 * word] + half_sums[2 * word + 1]);
+    }
+    if (!in.split_codes) return;
+    const int8_t *codes = in.codes + t * in.words * kWord;
+    int8_t *split = in.split_codes + t * split_width(in);
+    if (in.words % 2) memset(split + (in.words - 1) * kWord, 0, 2 * kWord);
+    for (int64_t word = 0; word < in.words; ++word, codes += kWord) {
+        int8_t *even = split + word / 2 * 2 * kWord + word % 2 * kHalf;
+        for (int64_t i = 0; i < kHalf; ++i) {
+            even[i] = codes[2 * i];
+            even[kWord + i] = codes[2 * i + 1];
+        }
     }
 }
 

@@ -84,8 +84,11 @@ struct Input {
     float *scales;            // [n, words]: x is about code * scale; NaN where x holds NaN or infinity
     int32_t *half_sums;       // [n, words, 2]: sum of the codes of 32 columns
     float *word_sums;         // [n, words]: sum of the codes of 64 columns; only if n <= kDirectLimit
+    int8_t *split_codes;      // [n, pairs of words * 128]: of each 128 codes 64 even ones, then 64 odd; the same
     size_t bytes;             // all of it, with room to align
 };
+
+inline int64_t split_width(const Input &in) { return ceil_div(in.words, 2) * 2 * kWord; }  // of a row of split_codes
 
 Input input_layout(void *buffer, int64_t cols, int64_t n, int forms);  // of a buffer that is to be prepared
 Input input_view(const void *buffer);                                  // of a prepared buffer

@@ -23,9 +23,9 @@ from secateur.errors import ModelError
 from secateur.models.finite import all_finite
 from secateur.models.safetensors_writer import write_safetensors
 
-STEP_TOKENS = 2048  # tokens behind one step of the optimiser
+STEP_TOKENS = 1024  # tokens behind one step of the optimiser
 # Of how large a weight's kept values are: those of one model are ten times as large as those of another.
-LEARNING_RATE = 1.2e-3
+LEARNING_RATE = 4e-4
 _SMALLEST = 1e-4  # of such a size, so that a bias of zeros can learn
 _WARM_UP, _LAST_RATE = 0.05, 0.05  # share of the steps; share of the learning rate
 _BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
