@@ -3,6 +3,8 @@
 
 #if defined(__x86_64__)
 
+#include <cpuid.h>
+
 #include "avx512.h"
 
 namespace sct {
@@ -133,7 +135,15 @@ bool available() {
            __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
 
-bool available_bf16() { return available() && __builtin_cpu_supports("avx512bf16"); }
+#ifdef SCT_HAS_BF16
+bool available_bf16() {
+    unsigned eax, ebx, ecx, edx;
+    // Older compilers have no name for it.
+    return available() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 5);
+}
+#else
+bool available_bf16() { return false; }
+#endif
 
 }  // namespace
 

@@ -58,11 +58,15 @@ SCT_INLINE __m512i add_products(__m512i sum, __m512i codes, __m512i x) {
     return sum;
 }
 
-// sum + the products of two with two bfloat16 in each lane. Not the intrinsic, which older compilers do not have.
+// sum + the products of two with two bfloat16 in each lane. GCC since 10 and clang since 9 know the instruction; with an
+// older compiler the set that uses it is missing.
+#if __has_include(<avx512bf16intrin.h>)
+#define SCT_HAS_BF16 1
 SCT_INLINE __m512 add_products_bf16(__m512 sum, __m512i weights, __m512i x) {
     __asm__("vdpbf16ps %[x], %[weights], %[sum]" : [sum] "+v"(sum) : [weights] "v"(weights), [x] "v"(x));
     return sum;
 }
+#endif
 
 // Levels of nl4 as int8 stores them, in each quarter of a register.
 SCT_INLINE __m512i level_table() {

@@ -252,6 +252,7 @@ void float_tile(const sct_weight &, const Tile &tile, const Input &in, int64_t t
     store_tile<R, T>(sums, tile, y + t0 * y_stride, y_stride);
 }
 
+#ifdef SCT_HAS_BF16
 template <int R, int T>
 void pair_tile(const sct_weight &, const Tile &tile, const Input &in, int64_t t0, float *y, int64_t y_stride) {
     __m512 sums[T][R];
@@ -275,15 +276,17 @@ void pair_tile(const sct_weight &, const Tile &tile, const Input &in, int64_t t0
     }
     store_tile<R, T>(sums, tile, y + t0 * y_stride, y_stride);
 }
+#endif
 
 using TileFunction = void (*)(const sct_weight &, const Tile &, const Input &, int64_t, float *, int64_t);
 
 template <int R, int T>
 TileFunction choose_kind(const sct_weight &w, Form form) {
-    return form == Form::kFloats  ? float_tile<R, T>
-           : form == Form::kPairs ? pair_tile<R, T>
-           : w.group_size == 32   ? integer_tile<R, T, true>
-                                  : integer_tile<R, T, false>;
+#ifdef SCT_HAS_BF16
+    if (form == Form::kPairs) return pair_tile<R, T>;
+#endif
+    return form == Form::kFloats ? float_tile<R, T> : w.group_size == 32 ? integer_tile<R, T, true>
+                                                                         : integer_tile<R, T, false>;
 }
 
 // 32 rows for few input rows, because few rows are left to fill registers with; else 64.

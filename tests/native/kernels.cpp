@@ -28,7 +28,8 @@ std::vector<float> random_input(int64_t count) {
     return x;
 }
 
-bool close(float a, float b, float size) { return fabsf(a - b) <= 1e-5f * size; }
+// What is smaller than normal numbers may be taken for zero.
+bool close(float a, float b, float size) { return fabsf(a - b) <= 1e-5f * size + 1e-30f; }
 
 // What the offset of a code stands for.
 float offset(const sct_weight &w, int64_t row, int64_t col) {

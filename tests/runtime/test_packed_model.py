@@ -69,10 +69,9 @@ def test_computes_what_the_unpacked_model_does(monkeypatch, made, family, values
     folder = made(family, values)
     expected = logits(unpacked(folder))
     found = logits(packed(folder).to(torch.float32))
-    if values == "base":
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    else:  # activations in 8 bits: of models this narrow, whose weights are random, it costs up to 1.5%
-        assert (found - expected).pow(2).mean().sqrt() < 0.03 * expected.std()
+    # Activations in bf16 or 8 bits: of models this narrow, whose weights are random, the latter costs up to 1.5%.
+    error = (found - expected).pow(2).mean().sqrt()
+    assert error < (0.015 if values == "base" else 0.03) * expected.std()
     monkeypatch.setattr(kernels, "available", lambda: False)
     model = packed(folder)
     assert model.dtype == torch.bfloat16
