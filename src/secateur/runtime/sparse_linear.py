@@ -16,10 +16,9 @@ class SparseLinear(nn.Module):
     """A linear layer whose weight stays packed.
 
     Takes float x [..., in_features] and returns [..., out_features] of the same dtype. On the CPU a native kernel
-    computes it: with integer weights it rounds x to signed bytes with a scale for each 64 columns, with bfloat16 weights
-    to bfloat16; sums are float32.
-    On another device, for float32 weights, and without native code, torch unpacks the weight in x's precision for this
-    one product.
+    computes it: with integer weights it rounds x to signed bytes with a scale for each 64 columns, with bfloat16 ones
+    to bfloat16; sums are float32. On another device, for float32 weights, and without native code, torch unpacks the
+    weight in x's precision for this one product.
 
     Attributes
     ----------
