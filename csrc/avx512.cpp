@@ -69,8 +69,6 @@ void float_rows(const sct_weight &w, const Input &in, float *y, int64_t y_stride
     }
 }
 
-using RowsFunction = void (*)(const sct_weight &, const Input &, float *, int64_t, int64_t, int64_t);
-
 template <int N, bool kDense>
 RowsFunction choose_kind(const sct_weight &w) {
     return w.kind == SCT_FP16 ? float_rows<N, kDense, true> : float_rows<N, kDense, false>;
@@ -91,11 +89,8 @@ void rows(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int6
         avx512_integers(w, in, y, y_stride, row_begin, row_end);
         return;
     }
-    RowsFunction function = in.n == 1   ? choose<1>(w)
-                            : in.n == 2 ? choose<2>(w)
-                            : in.n == 3 ? choose<3>(w)
-                                        : choose<4>(w);
-    function(w, in, y, y_stride, row_begin, row_end);
+    const RowsFunction functions[kDirectLimit] = {choose<1>(w), choose<2>(w), choose<3>(w), choose<4>(w)};
+    functions[in.n - 1](w, in, y, y_stride, row_begin, row_end);
 }
 
 void quantize(const float *x, int64_t cols, int8_t *codes, float *scales, int32_t *half_sums) {

@@ -167,6 +167,8 @@ SCT_INLINE void transpose(const uint8_t *from, int64_t pitch, uint8_t *to, int64
     }
 }
 
+using RowsFunction = void (*)(const sct_weight &, const Input &, float *, int64_t, int64_t, int64_t);
+
 constexpr int64_t kRows = 16;  // whose lanes are added up together
 
 // y[r] = sum of the lanes of sums[r] for r in [0, count).

@@ -205,8 +205,6 @@ void int4_rows(const sct_weight &w, const Input &in, float *y, int64_t y_stride,
     });
 }
 
-using RowsFunction = void (*)(const sct_weight &, const Input &, float *, int64_t, int64_t, int64_t);
-
 template <int N, bool kNarrow>
 RowsFunction choose_kind(const sct_weight &w) {
     if (w.kind == SCT_INT8) return w.bitmask ? int8_rows<N, false, kNarrow> : int8_rows<N, true, kNarrow>;
@@ -223,11 +221,8 @@ RowsFunction choose(const sct_weight &w) {
 void avx512_integers(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin,
                      int64_t row_end) {
     if (is_nibble(w.kind) && !w.bitmask) return avx512_nibbles(w, in, y, y_stride, row_begin, row_end);
-    RowsFunction function = in.n == 1   ? choose<1>(w)
-                            : in.n == 2 ? choose<2>(w)
-                            : in.n == 3 ? choose<3>(w)
-                                        : choose<4>(w);
-    function(w, in, y, y_stride, row_begin, row_end);
+    const RowsFunction functions[kDirectLimit] = {choose<1>(w), choose<2>(w), choose<3>(w), choose<4>(w)};
+    functions[in.n - 1](w, in, y, y_stride, row_begin, row_end);
 }
 
 }  // namespace sct

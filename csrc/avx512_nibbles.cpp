@@ -112,8 +112,6 @@ void rows(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int6
     });
 }
 
-using RowsFunction = void (*)(const sct_weight &, const Input &, float *, int64_t, int64_t, int64_t);
-
 template <int N>
 RowsFunction choose(const sct_weight &w) {
     return w.kind == SCT_NL4 ? rows<N, true> : rows<N, false>;
@@ -123,11 +121,8 @@ RowsFunction choose(const sct_weight &w) {
 
 void avx512_nibbles(const sct_weight &w, const Input &in, float *y, int64_t y_stride, int64_t row_begin,
                     int64_t row_end) {
-    RowsFunction function = in.n == 1   ? choose<1>(w)
-                            : in.n == 2 ? choose<2>(w)
-                            : in.n == 3 ? choose<3>(w)
-                                        : choose<4>(w);
-    function(w, in, y, y_stride, row_begin, row_end);
+    const RowsFunction functions[kDirectLimit] = {choose<1>(w), choose<2>(w), choose<3>(w), choose<4>(w)};
+    functions[in.n - 1](w, in, y, y_stride, row_begin, row_end);
 }
 
 }  // namespace sct

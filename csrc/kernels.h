@@ -84,7 +84,7 @@ struct Input {
     float *scales;            // [n, words]: x is about code * scale; NaN where x holds NaN or infinity
     int32_t *half_sums;       // [n, words, 2]: sum of the codes of 32 columns
     float *word_sums;         // [n, words]: sum of the codes of 64 columns; only if n <= kDirectLimit
-    int8_t *split_codes;      // [n, pairs of words * 128]: of each 128 codes 64 even ones, then 64 odd; the same
+    int8_t *split_codes;      // [n, pairs of words * 128]: of each 128 codes 64 even, then 64 odd; only if n <= kDirectLimit
     size_t bytes;             // all of it, with room to align
 };
 
