@@ -233,7 +233,7 @@ def test_divergence_of_some_tokens_at_some_positions(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "cohere", "gpt_bigcode"])
 def test_divergence_of_the_likeliest_tokens(family, monkeypatch):
     """Heads of their own, tied ones, logits that are capped, and logits that are scaled."""
-    monkeypatch.setattr("secateur.pruning.divergence.LIKELIEST", 50)
+    monkeypatch.setattr("secateur.pruning.likely_tokens.LIKELIEST", 50)
     model = tiny_model(family)
     before, token_ids = copy.deepcopy(model.state_dict()), torch.from_numpy(calibration().token_ids)
     with torch.no_grad():

@@ -260,6 +260,34 @@ def test_a_head_that_is_not_the_embedding(tmp_path, monkeypatch, head):
     assert not torch.equal(seen[0][0], wanted)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "gpt_bigcode"])
+def test_a_large_vocabulary_is_compared_where_it_is_likely(tmp_path, monkeypatch, family):
+    """Heads of their own, tied ones, logits that are capped and that are scaled; the tokens are those of the parent."""
+    monkeypatch.setattr("secateur.pruning.likely_tokens.LIKELIEST", 40)
+    monkeypatch.setattr(recovery, "_SEEN", 3 * 48)
+    monkeypatch.setattr(recovery, "LEARNING_RATE", 3e-3)
+    base, seen = save_tiny(tmp_path / "base", family, dtype=torch.float32), []
+    real = recovery.distil
+
+    def noting(model, parent, token_ids, **options):
+        seen.append([one(input_ids=token_ids).logits.detach() for one in (model, parent)])
+        real(model, parent, token_ids, **options)
+
+    monkeypatch.setattr(recovery, "distil", noting)
+    parent, token_ids = opened(base), torch.from_numpy(TEXT.token_ids)
+    derive_tiny(base, tmp_path / "pruned")
+    derive_tiny(base, tmp_path / "learnt", recovery=TEXT)
+    with torch.no_grad():
+        wanted, some = parent(token_ids[:2]).logits, parent(token_ids[::4]).logits.flatten(0, 1)
+    total = some.softmax(-1).mean(0) + torch.bincount(token_ids.flatten(), minlength=len(some[0])) / token_ids.numel()
+    likely = total.topk(40).indices.sort().values
+    assert all(one.shape[-1] == 40 for pair in seen for one in pair)
+    torch.testing.assert_close(seen[0][1], wanted[..., likely], rtol=1e-4, atol=1e-5)
+    before, after = (divergence(opened(tmp_path / one), parent, token_ids).item() for one in ("pruned", "learnt"))
+    assert after < 0.98 * before
+    assert masks_and_weights(tmp_path / "learnt").keys() == masks_and_weights(tmp_path / "pruned").keys()
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "gemma2", "starcoder2", "opt"])
 @pytest.mark.parametrize("values", ["base", "int8"])
 def test_every_family_learns(tmp_path, monkeypatch, family, values):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from secateur.models.structure import Block, embedding_weights
 from secateur.pruning.divergence import POSITIONS, TOKENS, parts
+from secateur.pruning.likely_tokens import compared
 from secateur.pruning.recovery import sequences_together
 
 # Activations inside one block, in multiples of one batch of [tokens, intermediate_size] and [tokens, hidden_size].
@@ -126,7 +127,11 @@ class Demand:
         for_gradients = tokens * self.itemsize * (KEPT_INTERMEDIATE * intermediate + KEPT_HIDDEN * hidden)
         if self._is_eager():  # which keeps what belongs to all pairs of positions
             for_gradients += tokens * self.recovering * config.num_attention_heads * (self.itemsize + FLOAT_BYTES)
-        logits = LOGITS_COPIES * tokens * config.vocab_size * self.itemsize
+        # Of all tokens those of one sequence, before anything is learnt.
+        size = compared(config.vocab_size)
+        logits = self.itemsize * max(LOGITS_COPIES * tokens * size, self.recovering * config.vocab_size)
+        if size < config.vocab_size:
+            models += 2 * self.itemsize * size * hidden
         return int(models + (STATE_BYTES + FLOAT_BYTES) * learning + len(self.blocks) * for_gradients + logits)
 
     def budget(self) -> int:

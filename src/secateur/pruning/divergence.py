@@ -18,6 +18,7 @@ from secateur.errors import ModelError
 from secateur.models.replay import record_inputs, run_block, starting_at
 from secateur.models.structure import Block
 from secateur.pruning.budgets import Divergence
+from secateur.pruning.likely_tokens import likeliest, total_probabilities, with_tokens
 from secateur.pruning.masks import Target, zero_removed
 from secateur.pruning.methods import METHODS
 
@@ -25,7 +26,6 @@ Change = Callable[[Tensor, InputStatistics], Tensor]  # from a weight and what i
 
 TOKENS = 2048  # that run through the model for each part
 POSITIONS = 512  # of them, at which probabilities are compared
-LIKELIEST = 16384  # tokens that are compared: those that the parent gives most to at these positions
 _ROWS = 64  # positions whose probabilities are in float32 at a time
 
 
@@ -72,8 +72,7 @@ def measure_divergence(  # noqa: PLR0917
             model, blocks, token_ids, len(token_ids), lambda _, hidden: received.append(hidden), model.device
         )
         hidden, parent, found = received[0], spread_logits(model, token_ids), dict[tuple[str, ...], float]()
-        is_linear = type(model.get_output_embeddings()) is nn.Linear
-        likely = _likeliest(parent) if is_linear else torch.arange(parent.shape[1], device=parent.device)
+        likely = likeliest(model, total_probabilities(parent))
         parent = parent[:, likely]
         for block in blocks:
             progress(block.index, len(blocks))
@@ -119,28 +118,6 @@ def spread_logits(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     else:
         logits = model(input_ids=token_ids, use_cache=False).logits[:, positions]
     return logits.flatten(0, 1)
-
-
-def _likeliest(logits: Tensor) -> Tensor:
-    """Return the columns of [positions, vocabulary] with the highest mean probability, ascending."""
-    total = torch.zeros(logits.shape[1], device=logits.device)
-    for rows in torch.split(logits, _ROWS):
-        total += rows.float().softmax(-1).sum(0)
-    return total.topk(min(LIKELIEST, len(total))).indices.sort().values
-
-
-@contextmanager
-def with_tokens(model: PreTrainedModel, tokens: Tensor) -> Iterator[None]:
-    """While it is open a head computes the logits of these tokens only, in their order; what it is tied to stays."""
-    head = model.get_output_embeddings()
-    whole = dict(head.named_parameters(recurse=False)) if len(tokens) < len(head.weight) else {}
-    try:
-        for name, parameter in whole.items():
-            setattr(head, name, nn.Parameter(parameter.data[tokens], requires_grad=False))
-        yield
-    finally:
-        for name, parameter in whole.items():
-            setattr(head, name, parameter)
 
 
 def mean_divergence(parent: Tensor, ours: Tensor) -> float:

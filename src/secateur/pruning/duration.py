@@ -17,8 +17,9 @@ from secateur.models.products import has_units, product_precision
 from secateur.models.structure import Block
 from secateur.pruning.allotment import measures
 from secateur.pruning.base import Base
-from secateur.pruning.divergence import LIKELIEST, POSITIONS, TOKENS, parts
+from secateur.pruning.divergence import POSITIONS, TOKENS, parts
 from secateur.pruning.job import follows_parent
+from secateur.pruning.likely_tokens import compared
 from secateur.pruning.methods import METHODS
 from secateur.pruning.weight import encoding_of
 
@@ -129,8 +130,7 @@ def work_of(
     if rounded:
         products, factors = products + _ROUNDED[0], factors + _ROUNDED[1]
     config = model.config.get_text_config(decoder=True)
-    head = float(config.vocab_size * config.hidden_size)
-    likely = min(head, LIKELIEST * config.hidden_size)
+    likely = float(compared(config.vocab_size) * config.hidden_size)
     # Each part is changed alone, and the model runs from its block on.
     runs = len(blocks) * 2
     measured = runs * (TOKENS * weights / 2 + POSITIONS * likely)
@@ -139,7 +139,7 @@ def work_of(
         grams=tokens * float(sum(width**2 for width in inputs)) * streams * gram,
         solving=float(sum(shape.numel() * shape[1] * products + shape[1] ** 3 * factors for shape in shapes)),
         measuring=measured * measuring,
-        learning=recovering * (weights + head) * (1 + _BACKWARD),
+        learning=recovering * (weights + likely) * (1 + _BACKWARD),
     )
 
 

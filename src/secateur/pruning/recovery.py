@@ -1,7 +1,8 @@
 """Recovery: the sub-model learns to give the parent's probabilities again, with its mask kept.
 
 Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) without labels: at every position of a text the
-Kullback-Leibler divergence from the parent's next-token probabilities to the sub-model's is lowered. What the mask
+Kullback-Leibler divergence from the parent's next-token probabilities to the sub-model's is lowered, of a large
+vocabulary those among the tokens that the parent finds likely in such text. What the mask
 keeps, norms and biases inside the blocks learn; embedding, head and what lies outside the blocks stay the parent's.
 Weights that will be stored as integers are rounded at every step, so that all others learn to make up for it.
 """
@@ -22,6 +23,7 @@ from secateur.checkpoint.quantise import CODEBOOKS, Quantised, spread_scales
 from secateur.errors import ModelError
 from secateur.models.finite import all_finite
 from secateur.models.safetensors_writer import write_safetensors
+from secateur.pruning.likely_tokens import compared, likeliest, total_probabilities, with_tokens
 
 STEP_TOKENS = 1024  # tokens behind one step of the optimiser
 # Of how large a weight's kept values are: those of one model are ten times as large as those of another.
@@ -32,6 +34,7 @@ _BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
 # Logits of sequences that run together; the parent's are there too, and as many gradients.
 _LOGITS_BYTES = 256 * 2**20
 _ROWS = 256  # positions whose probabilities are in float32 at a time
+_SEEN = 4096  # tokens of the text, and at least a sequence, that tell which tokens the parent finds likely
 _SAVE_SECONDS, _SAVE_SHARE = 300.0, 0.05  # at least so long from one save to the next, and at most so much of the time
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PARTS = ("weights", *_MOMENTS)
@@ -132,15 +135,30 @@ def recover(pupil: Pupil, token_ids: Tensor, state: Path, progress: Callable[[in
     course = _Course(pupil, token_ids)
     done = course.restore(state)
     pupil.round()
+    tokens = _likely_tokens(pupil.parent, token_ids)
     saved, pause = time.monotonic(), _SAVE_SECONDS
-    for step in range(done, course.steps):
-        progress(step, course.steps)
-        course.take(step)
-        if (began := time.monotonic()) - saved >= pause or step + 1 == course.steps:
-            course.save(state, step + 1)
-            saved = time.monotonic()
-            pause = max(_SAVE_SECONDS, (saved - began) / _SAVE_SHARE)
+    with with_tokens(pupil.model, tokens), with_tokens(pupil.parent, tokens):
+        for step in range(done, course.steps):
+            progress(step, course.steps)
+            course.take(step)
+            if (began := time.monotonic()) - saved >= pause or step + 1 == course.steps:
+                course.save(state, step + 1)
+                saved = time.monotonic()
+                pause = max(_SAVE_SECONDS, (saved - began) / _SAVE_SHARE)
     progress(course.steps, course.steps)
+
+
+def _likely_tokens(parent: PreTrainedModel, token_ids: Tensor) -> Tensor:
+    """Return the tokens that are compared: those that the text has, or its parent expects, most often."""
+    size = parent.config.get_text_config(decoder=True).vocab_size
+    total = torch.bincount(token_ids.flatten(), minlength=size).float().to(parent.device) / token_ids.numel()
+    rows = token_ids[:: -(-token_ids.numel() // _SEEN)]
+    if compared(size) < size:
+        with torch.inference_mode():
+            for row in rows:
+                logits = parent(input_ids=row[None].to(parent.device), use_cache=False).logits[0]
+                total += total_probabilities(logits) / rows.numel()
+    return likeliest(parent, total)
 
 
 class _Course:
@@ -164,28 +182,35 @@ class _Course:
     def take(self, step: int) -> None:
         """Take one step; raises `ModelError`, before a weight has changed, when its gradient is no number."""
         batch = self._token_ids[step * self._sequences : (step + 1) * self._sequences]
-        for part in torch.split(batch, self._together):
+        for number, part in enumerate(torch.split(batch, self._together)):
             distil(self._pupil.model, self._pupil.parent, part, positions=batch.numel())
-            self._gather()
+            self._gather(first=number == 0)
         norm = torch.nn.utils.clip_grad_norm_(list(self._pupil.weights.values()), _LARGEST_NORM)
         if not math.isfinite(norm):
             raise ModelError(f"recovery failed at step {step}: its gradients are no numbers; leave --recover out")
         for group, highest in zip(self._optimiser.param_groups, self._rates, strict=True):
             group["lr"] = highest * rate(step, self.steps)
         self._optimiser.step()
-        self._optimiser.zero_grad()
         self._pupil.round()
 
-    def _gather(self) -> None:
-        """Move the gradients of the rounded weights to those in full precision, where the mask keeps them."""
+    def _gather(self, *, first: bool) -> None:
+        """Move the gradients of the rounded weights to those in full precision, where the mask keeps them.
+
+        Those of the first part of a step take the place of the last step's, whose memory is used again.
+        """
         for name, weight in self._pupil.weights.items():
             parameter = self._trained[name]
             # What a model has and does not use has no gradient; it stays as it is.
-            gradient = torch.zeros_like(weight) if parameter.grad is None else parameter.grad.float()
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
             if (mask := self._pupil.masks.get(name)) is not None:
-                gradient *= mask
-            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+                gradient *= mask.view(torch.uint8).to(gradient.dtype)  # five times as fast as from bool
+            if weight.grad is None:
+                weight.grad = gradient.float()
+            elif first:
+                weight.grad.copy_(gradient)
+            else:
+                weight.grad.add_(gradient)
 
     def save(self, path: Path, step: int) -> None:
         """Write weights and moments; the file appears whole or not at all."""
@@ -246,7 +271,7 @@ def distil(model: PreTrainedModel, parent: PreTrainedModel, token_ids: Tensor, *
 
 def sequences_together(length: int, vocabulary: int, itemsize: int) -> int:
     """Return how many sequences run in one pass: those of a step, if their logits are not too large."""
-    return max(1, min(STEP_TOKENS // length, _LOGITS_BYTES // (vocabulary * length * itemsize)))
+    return max(1, min(STEP_TOKENS // length, _LOGITS_BYTES // (compared(vocabulary) * length * itemsize)))
 
 
 def rate(step: int, steps: int) -> float:
