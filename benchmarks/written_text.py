@@ -5,15 +5,14 @@
 `own` goes on from the first tokens of calibration documents. `answers` and `functions` are turns in the model's chat
 template: the former are asked about the beginning of such a document, the latter complete a Python function of one, of
 which they get the head and the docstring. All are drawn at a temperature, 1 if nothing is said. `pairs` are the same
-turns as `functions`, of all functions with a docstring, and the answer is what the document itself has: no model runs.
-Documents are those of the calibration split, and no benchmark's.
+turns as `functions`, in the same order, and the answer is what the document itself has: no model runs. Documents are
+those of the calibration split, and no benchmark's. MODEL may be a sub-model, to learn from what it says itself.
 """
 
 import argparse
 import ast
 import json
 import random
-import re
 import textwrap
 from itertools import islice
 from pathlib import Path
@@ -29,8 +28,6 @@ BEGINNING, SHOWN = 24, 96  # tokens of a document that the model goes on from, a
 LENGTH, TOGETHER = 512, 32
 LONGEST = 2500  # characters of a function of `pairs`
 QUESTIONS = ("Explain what this code does.", "Write tests for this code.", "Improve this code and explain the changes.")
-# The head of a function of a module, with a docstring of at least 40 characters.
-FUNCTION = re.compile(r'^(def \w+\([^()]*\)[^\n]*:\n    """(?:(?!""").){40,600}"""\n)', re.MULTILINE | re.DOTALL)
 
 
 def asked(tokenizer, question):
@@ -38,20 +35,19 @@ def asked(tokenizer, question):
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def prompts(tokenizer, kind, rows):
+def prompts(tokenizer, kind, *, domain, tokens, data, seed):
     """Give what the model goes on from."""
-    heads = set()
-    for number, row in enumerate(rows):
+    if kind == "functions":
+        for head, _ in drawn_pairs(domain, data, seed):
+            yield begun(tokenizer, head)
+        return
+    drawn = secateur.calibrate(domain, tokenizer, samples=-(-tokens // LENGTH), data=data, seed=seed)
+    for number, row in enumerate(drawn.token_ids.tolist()):
         if kind == "own":
             yield tokenizer.decode(row[:BEGINNING], skip_special_tokens=True)
-        elif kind == "answers":
+        else:
             code = tokenizer.decode(row[:SHOWN], skip_special_tokens=True)
             yield asked(tokenizer, f"{QUESTIONS[number % len(QUESTIONS)]}\n\n```\n{code}\n```")
-        else:
-            for head in FUNCTION.findall(tokenizer.decode(row, skip_special_tokens=True)):
-                if head not in heads:
-                    yield begun(tokenizer, head)
-                heads.add(head)
 
 
 def begun(tokenizer, head):
@@ -76,13 +72,18 @@ def functions_of(source):
             yield "".join(whole[:head]), "".join(whole[head:]).rstrip("\n")
 
 
-def write_pairs(tokenizer, path, *, domain, tokens, data, seed):
-    """Save questions with the documents' own answers, in a drawn order, of about as many tokens as are asked for."""
+def drawn_pairs(domain, data, seed):
+    """Return (head with docstring, body) of all functions of the calibration split that have both, shuffled."""
     corpus = load_corpus(domain, "train", data)
     pairs = sorted({pair for document in corpus.documents for pair in functions_of(document.text)})
     random.Random(seed).shuffle(pairs)
+    return pairs
+
+
+def write_pairs(tokenizer, path, *, domain, tokens, data, seed):
+    """Save questions with the documents' own answers, of about as many tokens as are asked for."""
     lines, count = [], 0
-    for head, answer in pairs:
+    for head, answer in drawn_pairs(domain, data, seed):
         text = f"{begun(tokenizer, head)}{answer}{FENCE}{tokenizer.eos_token}\n"
         count += len(tokenizer.encode(text))
         if count > tokens:
@@ -97,10 +98,8 @@ def write_text(model_name, kind, path, *, domain="python", tokens=48_000, data=N
     if kind == "pairs":
         write_pairs(tokenizer, path, domain=domain, tokens=tokens, data=data, seed=seed)
         return
-    samples = 16 * (-(-tokens // LENGTH)) if kind == "functions" else -(-tokens // LENGTH)
-    rows = secateur.calibrate(domain, tokenizer, samples=samples, data=data, seed=seed).token_ids.tolist()
     model, lines, count = secateur.load(model_name), [], 0
-    waiting = prompts(tokenizer, kind, rows)
+    waiting = prompts(tokenizer, kind, domain=domain, tokens=tokens, data=data, seed=seed)
     stop = (FENCE,) if kind == "functions" else ()
     end = f"{FENCE}{tokenizer.eos_token}\n" if kind == "functions" else ""
     while count < tokens and (some := list(islice(waiting, TOGETHER))):

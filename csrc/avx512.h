@@ -47,6 +47,11 @@ SCT_INLINE __m512i load_values(const uint8_t *at, const uint8_t *end) {
     return kGuard ? _mm512_maskz_loadu_epi8(first_lanes(end - at), at) : _mm512_loadu_si512(at);
 }
 
+// Any address: what is not there is not fetched.
+SCT_INLINE void prefetch(const void *from, int64_t ahead) {
+    _mm_prefetch(reinterpret_cast<const char *>(reinterpret_cast<intptr_t>(from) + ahead), _MM_HINT_T0);
+}
+
 SCT_INLINE __m512 widen_bf16(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
@@ -75,11 +80,13 @@ SCT_INLINE __m512i level_table() {
 }
 
 // Spreads `bytes` bytes of two nibbles over twice as many bytes, low nibble first; kCurved: those of nl4, which become
-// bytes of int8. Writes up to 62 bytes more.
+// bytes of int8. Writes up to 62 bytes more. Meanwhile fetches what is `ahead` bytes further on, nothing
+// where that is 0.
 template <bool kGuard, bool kCurved>
-SCT_INLINE void unpack_nibbles(const uint8_t *from, int64_t bytes, const uint8_t *end, uint8_t *to) {
+SCT_INLINE void unpack_nibbles(const uint8_t *from, int64_t bytes, const uint8_t *end, uint8_t *to, int64_t ahead) {
     const __m512i low = _mm512_set1_epi8(15), levels = level_table();
     for (int64_t i = 0; i < bytes; i += 32) {
+        if (ahead) prefetch(from + i, ahead);
         __m256i packed = kGuard ? _mm256_maskz_loadu_epi8(static_cast<__mmask32>(first_lanes(end - from - i)), from + i)
                                 : _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + i));
         __m512i wide = _mm512_cvtepu8_epi16(packed);
@@ -123,14 +130,15 @@ SCT_INLINE uint64_t word_bits(const sct_weight &w, const uint8_t *mask, int64_t 
 }
 
 // Codes of words [begin, end) of a row as bytes, removed ones and those beyond the columns as the code of zero. Returns
-// the number of those that are kept.
+// the number of those that are kept. Meanwhile fetches what is `ahead` bytes further on.
 template <bool kGuard>
 SCT_INLINE int64_t expand_codes(const sct_weight &w, const uint8_t *codes, const uint8_t *limit, const uint8_t *mask,
-                                int64_t begin, int64_t end, uint8_t *out) {
+                                int64_t begin, int64_t end, uint8_t *out, int64_t ahead) {
     const __m512i zero_code = _mm512_set1_epi8(static_cast<char>(code_offset(w.kind)));
     const uint8_t *start = codes;
     for (int64_t word = begin; word < end; ++word, out += kWord) {
         uint64_t bits = word_bits(w, mask, word);
+        prefetch(codes, ahead);
         __m512i packed = load_values<kGuard>(codes, limit);
         _mm512_store_si512(out, _mm512_mask_expand_epi8(zero_code, bits, packed));
         codes += __builtin_popcountll(bits);
@@ -141,7 +149,7 @@ SCT_INLINE int64_t expand_codes(const sct_weight &w, const uint8_t *codes, const
 // Transposes 16 x 16 elements of 4 bytes: element j of line i comes to lane i of line j.
 SCT_INLINE void transpose(const uint8_t *from, int64_t pitch, uint8_t *to, int64_t to_pitch) {
     __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(from + i * pitch);
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * pitch);
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);

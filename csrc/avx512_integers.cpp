@@ -153,9 +153,9 @@ struct Unpacked {
     void unpack(const uint8_t *from, int64_t bytes) {
         first = from;
         if (end - from >= bytes + 31) {
-            unpack_nibbles<false, kCurved>(from, bytes, end, buffer);
+            unpack_nibbles<false, kCurved>(from, bytes, end, buffer, 0);
         } else {
-            unpack_nibbles<true, kCurved>(from, bytes, end, buffer);
+            unpack_nibbles<true, kCurved>(from, bytes, end, buffer, 0);
         }
     }
 

@@ -31,40 +31,45 @@ constexpr int64_t block_words(Form form) { return kIntegerWords * 16 / lines_of_
 // Where a row's values go on: elements for integers, bytes for floats.
 using Positions = int64_t[kMaxStrips * kLanes];
 
-// Nibbles of words [begin, end) of a row as bytes, from an even one on.
+// Nibbles of words [begin, end) of a row as bytes, from an even one on. Here and below what the lane reads next is
+// fetched meanwhile, a line for each that is read: all at once would be more than a core can wait for.
 template <bool kCurved>
-void unpack_row(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t position, uint8_t *out) {
+void unpack_row(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t position, const uint8_t *next,
+                uint8_t *out) {
     const uint8_t *from = row_values(w, row) + position / 2, *limit = values_end(w), *mask = mask_of(w, row);
     int64_t kept = mask ? count_bits(mask + 8 * begin, end - begin) : min64(w.cols, end * kWord) - begin * kWord;
     int64_t bytes = ((position & 1) + kept + 1) / 2;
     if (limit - from >= bytes + 31) {
-        unpack_nibbles<false, kCurved>(from, bytes, limit, out);
+        unpack_nibbles<false, kCurved>(from, bytes, limit, out, next - from);
     } else {
-        unpack_nibbles<true, kCurved>(from, bytes, limit, out);
+        unpack_nibbles<true, kCurved>(from, bytes, limit, out, next - from);
     }
 }
 
 // nibbles: of a row of INT4 or NL4, unpacked.
 void unpack_codes(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t &position,
-                  const uint8_t *nibbles, uint8_t *out) {
+                  const uint8_t *nibbles, const uint8_t *next, uint8_t *out) {
     const uint8_t *mask = mask_of(w, row), *limit = values_end(w), *codes = row_values(w, row) + position;
     if (is_nibble(w.kind)) {
-        position += expand_codes<false>(w, nibbles + (position & 1), nullptr, mask, begin, end, out);
+        position += expand_codes<false>(w, nibbles + (position & 1), nullptr, mask, begin, end, out, 0);
     } else if (limit - codes >= (end - begin) * kWord + 64) {
-        position += expand_codes<false>(w, codes, limit, mask, begin, end, out);
+        position += expand_codes<false>(w, codes, limit, mask, begin, end, out, next - codes);
     } else {
-        position += expand_codes<true>(w, codes, limit, mask, begin, end, out);
+        position += expand_codes<true>(w, codes, limit, mask, begin, end, out, next - codes);
     }
 }
 
 // Floats of words [begin, end) of a row, zeros where nothing was kept.
-void unpack_floats(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t &position, uint8_t *out) {
+void unpack_floats(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t &position, const uint8_t *next,
+                   uint8_t *out) {
     const uint8_t *mask = mask_of(w, row), *limit = values_end(w), *values = row_values(w, row) + position;
     const uint8_t *start = values;
+    const int64_t ahead = next - values;
     for (int64_t word = begin; word < end; ++word) {
         uint64_t bits = word_bits(w, mask, word);
         for (int half = 0; half < 2; ++half, bits >>= 32, out += 128) {
             __mmask32 lanes = static_cast<__mmask32>(bits);
+            prefetch(values, ahead);
             __m512i kept = _mm512_maskz_expand_epi16(lanes, load_values<true>(values, limit));
             __m256i low = _mm512_castsi512_si256(kept), high = _mm512_extracti64x4_epi64(kept, 1);
             bool bf16 = w.kind == SCT_BF16;
@@ -77,13 +82,16 @@ void unpack_floats(const sct_weight &w, int64_t row, int64_t begin, int64_t end,
 }
 
 // The same of bfloat16 as it is stored.
-void unpack_pairs(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t &position, uint8_t *out) {
+void unpack_pairs(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t &position, const uint8_t *next,
+                  uint8_t *out) {
     const uint8_t *mask = mask_of(w, row), *limit = values_end(w), *values = row_values(w, row) + position;
     const uint8_t *start = values;
+    const int64_t ahead = next - values;
     for (int64_t word = begin; word < end; ++word) {
         uint64_t bits = word_bits(w, mask, word);
         for (int half = 0; half < 2; ++half, bits >>= 32, out += 64) {
             __mmask32 lanes = static_cast<__mmask32>(bits);
+            prefetch(values, ahead);
             _mm512_store_si512(out, _mm512_maskz_expand_epi16(lanes, load_values<true>(values, limit)));
             values += 2 * __builtin_popcount(lanes);
         }
@@ -97,40 +105,76 @@ struct Tile {
     Form form;
 };
 
-SCT_INLINE void prefetch(const uint8_t *from, const uint8_t *to) {
-    for (; from < to; from += 64) _mm_prefetch(reinterpret_cast<const char *>(from), _MM_HINT_T1);
+// Where the values of a lane go on, about, in the tile that comes next: further on in its row, or in a row that follows.
+const uint8_t *values_ahead(const sct_weight &w, const Tile &tile, int64_t row) {
+    int64_t words = word_count(w.cols), next = row + tile.strips * kLanes;
+    if (tile.end == words) return row_values(w, min64(next, w.rows - 1));
+    const uint8_t *values = row_values(w, row);
+    return values + (row_values(w, row + 1) - values) * tile.end / words;
 }
 
-// Brings about what the tile's words take in a row to L2.
-void prefetch_row(const sct_weight &w, int64_t row, const Tile &tile) {
-    int64_t words = word_count(w.cols), bytes = row_values(w, row + 1) - row_values(w, row);
-    const uint8_t *values = row_values(w, row), *mask = mask_of(w, row);
-    prefetch(values + bytes * tile.begin / words, values + bytes * tile.end / words);
-    if (mask) prefetch(mask + 8 * tile.begin, mask + 8 * tile.end);
+// Fetches the mask and the scales of a lane in the tile that comes next, which are few.
+void prefetch_lane(const sct_weight &w, const Tile &tile, int64_t row) {
+    bool last = tile.end == word_count(w.cols);
+    int64_t next = last ? min64(row + tile.strips * kLanes, w.rows - 1) : row, begin = last ? 0 : tile.end;
+    if (const uint8_t *mask = mask_of(w, next)) {
+        for (int64_t word = 0; word < tile.end - tile.begin; word += 8) prefetch(mask, 8 * (begin + word));
+    }
+    if (!w.group_size) return;
+    const uint16_t *scales = w.scales + next * group_count(w);
+    for (int64_t i = 0; i < (tile.end - tile.begin) * kWord / w.group_size; i += 32) {
+        prefetch(scales, 2 * (begin * kWord / w.group_size + i));
+    }
+}
+
+// Whether a weight lies in memory as its rows do once they are unpacked.
+bool lies_unpacked(const sct_weight &w, Form form) {
+    return !w.bitmask && !w.row_offsets && (w.kind == SCT_INT8 || form == Form::kPairs);
+}
+
+// A strip of such a weight, all of it there: straight into the tile.
+void copy_strip(const sct_weight &w, const Tile &tile, int64_t strip, Positions &positions) {
+    int64_t row = tile.row + strip * kLanes, pitch = row_values(w, row + 1) - row_values(w, row);
+    const uint8_t *from = row_values(w, row) + stored_bytes(w.kind, tile.begin * kWord);
+    int64_t ahead = values_ahead(w, tile, row) - from, unit = is_integer(w.kind) ? 1 : 2;
+    for (int64_t lane = 0; lane < kLanes; ++lane) positions[strip * kLanes + lane] = unit * tile.end * kWord;
+    for (int64_t lane = 0; lane < kLanes; ++lane) prefetch_lane(w, tile, row + lane);
+    for (int64_t line = 0; line < (tile.end - tile.begin) * lines_of_word(tile.form); line += 16, from += 64) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) prefetch(from + lane * pitch, ahead);
+        transpose(from, pitch, scratch.tile + (line * tile.strips + strip) * 64, tile.strips * 64);
+    }
 }
 
 void unpack_tile(const sct_weight &w, const Tile &tile, Positions &positions) {
     int64_t lines = (tile.end - tile.begin) * lines_of_word(tile.form);
     for (int64_t strip = 0; strip < tile.strips; ++strip) {
+        if (lies_unpacked(w, tile.form) && (strip + 1) * kLanes <= tile.rows && tile.end * kWord <= w.cols) {
+            copy_strip(w, tile, strip, positions);
+            continue;
+        }
         // Those of all lanes at first, because what was just stored is slow to load at another alignment.
         int64_t there = min64(tile.rows - strip * kLanes, kLanes);
         for (int64_t lane = 0; lane < there && is_nibble(w.kind); ++lane) {
             int64_t i = strip * kLanes + lane;
             auto unpack = w.kind == SCT_NL4 ? unpack_row<true> : unpack_row<false>;
-            unpack(w, tile.row + i, tile.begin, tile.end, positions[i], scratch.nibbles[lane]);
+            const uint8_t *next = values_ahead(w, tile, tile.row + i);
+            unpack(w, tile.row + i, tile.begin, tile.end, positions[i], next, scratch.nibbles[lane]);
         }
         for (int64_t lane = 0; lane < kLanes; ++lane) {
-            int64_t i = strip * kLanes + lane, next = tile.row + i + tile.strips * kLanes;
+            int64_t i = strip * kLanes + lane, row = tile.row + i;
             uint8_t *out = scratch.rows[lane];
-            if (next < w.rows) prefetch_row(w, next, tile);
             if (i >= tile.rows) {
                 memset(out, 0, static_cast<size_t>(lines) * 4);  // computed, not stored
-            } else if (tile.form == Form::kCodes) {
-                unpack_codes(w, tile.row + i, tile.begin, tile.end, positions[i], scratch.nibbles[lane], out);
+                continue;
+            }
+            const uint8_t *next = values_ahead(w, tile, row);
+            prefetch_lane(w, tile, row);
+            if (tile.form == Form::kCodes) {
+                unpack_codes(w, row, tile.begin, tile.end, positions[i], scratch.nibbles[lane], next, out);
             } else if (tile.form == Form::kPairs) {
-                unpack_pairs(w, tile.row + i, tile.begin, tile.end, positions[i], out);
+                unpack_pairs(w, row, tile.begin, tile.end, positions[i], next, out);
             } else {
-                unpack_floats(w, tile.row + i, tile.begin, tile.end, positions[i], out);
+                unpack_floats(w, row, tile.begin, tile.end, positions[i], next, out);
             }
         }
         for (int64_t line = 0; line < lines; line += 16) {
