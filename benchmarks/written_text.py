@@ -26,7 +26,7 @@ from secateur.models.source import load_tokenizer, resolve_model
 KINDS = ("own", "answers", "functions", "pairs")
 BEGINNING, SHOWN = 24, 96  # tokens of a document that the model goes on from, and is asked about
 LENGTH, TOGETHER = 512, 32
-LONGEST = 2500  # characters of a function of `pairs`
+LONGEST = 2500  # characters of a function
 QUESTIONS = ("Explain what this code does.", "Write tests for this code.", "Improve this code and explain the changes.")
 
 
@@ -38,7 +38,7 @@ def asked(tokenizer, question):
 def prompts(tokenizer, kind, *, domain, tokens, data, seed):
     """Give what the model goes on from."""
     if kind == "functions":
-        for head, _ in drawn_pairs(domain, data, seed):
+        for head in dict.fromkeys(head for head, _ in drawn_pairs(domain, data, seed)):
             yield begun(tokenizer, head)
         return
     drawn = secateur.calibrate(domain, tokenizer, samples=-(-tokens // LENGTH), data=data, seed=seed)

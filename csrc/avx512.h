@@ -80,8 +80,8 @@ SCT_INLINE __m512i level_table() {
 }
 
 // Spreads `bytes` bytes of two nibbles over twice as many bytes, low nibble first; kCurved: those of nl4, which become
-// bytes of int8. Writes up to 62 bytes more. Meanwhile fetches what is `ahead` bytes further on, nothing
-// where that is 0.
+// bytes of int8. Writes up to 62 bytes more. Meanwhile fetches what is `ahead` bytes further on, nothing where
+// that is 0.
 template <bool kGuard, bool kCurved>
 SCT_INLINE void unpack_nibbles(const uint8_t *from, int64_t bytes, const uint8_t *end, uint8_t *to, int64_t ahead) {
     const __m512i low = _mm512_set1_epi8(15), levels = level_table();
@@ -105,7 +105,7 @@ SCT_INLINE int64_t count_bits(const uint8_t *mask, int64_t words) {
     return _mm512_reduce_add_epi64(sum);
 }
 
-// The weight scales of the 32 halves of words [word, word + 16) of a row; word is a multiple of 16. low: those of the
+// The weight scales of the 32 halves of words [word, word + 16) of a row; word is even. low: those of the
 // first 8 words if kNarrow, else those of all 16 words.
 template <bool kNarrow>
 SCT_INLINE void load_scales(const uint16_t *scales, int64_t groups, int32_t group_size, int64_t word, __m512 &low,
@@ -130,7 +130,7 @@ SCT_INLINE uint64_t word_bits(const sct_weight &w, const uint8_t *mask, int64_t 
 }
 
 // Codes of words [begin, end) of a row as bytes, removed ones and those beyond the columns as the code of zero. Returns
-// the number of those that are kept. Meanwhile fetches what is `ahead` bytes further on.
+// the number of those that are kept. Meanwhile fetches what is `ahead` bytes further on, nothing where that is 0.
 template <bool kGuard>
 SCT_INLINE int64_t expand_codes(const sct_weight &w, const uint8_t *codes, const uint8_t *limit, const uint8_t *mask,
                                 int64_t begin, int64_t end, uint8_t *out, int64_t ahead) {
@@ -138,7 +138,7 @@ SCT_INLINE int64_t expand_codes(const sct_weight &w, const uint8_t *codes, const
     const uint8_t *start = codes;
     for (int64_t word = begin; word < end; ++word, out += kWord) {
         uint64_t bits = word_bits(w, mask, word);
-        prefetch(codes, ahead);
+        if (ahead) prefetch(codes, ahead);
         __m512i packed = load_values<kGuard>(codes, limit);
         _mm512_store_si512(out, _mm512_mask_expand_epi8(zero_code, bits, packed));
         codes += __builtin_popcountll(bits);

@@ -31,8 +31,8 @@ constexpr int64_t block_words(Form form) { return kIntegerWords * 16 / lines_of_
 // Where a row's values go on: elements for integers, bytes for floats.
 using Positions = int64_t[kMaxStrips * kLanes];
 
-// Nibbles of words [begin, end) of a row as bytes, from an even one on. Here and below what the lane reads next is
-// fetched meanwhile, a line for each that is read: all at once would be more than a core can wait for.
+// Nibbles of words [begin, end) of a row as bytes, from an even one on. Here and below what the lane reads in the next
+// tile is fetched meanwhile, little by little: all at once would be more than a core can wait for.
 template <bool kCurved>
 void unpack_row(const sct_weight &w, int64_t row, int64_t begin, int64_t end, int64_t position, const uint8_t *next,
                 uint8_t *out) {
@@ -167,7 +167,7 @@ void unpack_tile(const sct_weight &w, const Tile &tile, Positions &positions) {
                 memset(out, 0, static_cast<size_t>(lines) * 4);  // computed, not stored
                 continue;
             }
-            const uint8_t *next = values_ahead(w, tile, row);
+            const uint8_t *next = is_nibble(w.kind) ? nullptr : values_ahead(w, tile, row);  // nibbles were read above
             prefetch_lane(w, tile, row);
             if (tile.form == Form::kCodes) {
                 unpack_codes(w, row, tile.begin, tile.end, positions[i], scratch.nibbles[lane], next, out);
@@ -365,7 +365,9 @@ void avx512_tiles(const sct_weight &w, const Input &in, float *y, int64_t y_stri
                   int64_t row_end, bool bf16) {
     int64_t strips = in.n <= 16 ? 2 : kMaxStrips;
     Form form = is_integer(w.kind) ? Form::kCodes : bf16 && w.kind == SCT_BF16 ? Form::kPairs : Form::kFloats;
-    int64_t block = block_words(form);
+    // Tiles of nearly the same size, so that each fetches as much ahead as the next one reads; of even words, because a
+    // scale may be that of two.
+    int64_t block = ceil_div(ceil_div(in.words, ceil_div(in.words, block_words(form))), 2) * 2;
     for (int64_t row = row_begin; row < row_end; row += strips * kLanes) {
         Positions positions = {};
         for (int64_t begin = 0; begin < in.words; begin += block) {

@@ -22,7 +22,7 @@ def opened(tmp_path):
 ATTENTION, FEED_FORWARD = 2 * 64 * 64 + 2 * 32 * 64, 3 * 160 * 64
 
 
-def test_what_is_counted(opened):
+def test_what_is_counted(opened, monkeypatch):
     settings = {"method": "wanda", "streams": 1, "gram": False, "rounded": False, "measuring": False, "recovering": 0}
     plain = work_of(opened.model, opened.blocks, tokens=100, **settings)
     weights = 3 * (ATTENTION + FEED_FORWARD)
@@ -36,6 +36,9 @@ def test_what_is_counted(opened):
     assert solved.solving == 3 * (products + 5 * (6 * 64**3 + 160**3))
     learnt = work_of(opened.model, opened.blocks, tokens=100, **settings | {"recovering": 1000})
     assert learnt == replace(solved, learning=4 * 1000 * (weights + 384 * 64))
+    monkeypatch.setattr("secateur.pruning.likely_tokens.LIKELIEST", 40)  # which are found in text of as many tokens
+    learnt = work_of(opened.model, opened.blocks, tokens=100, **settings | {"recovering": 10_000})
+    assert learnt.learning == 4 * 10_000 * (weights + 40 * 64) + 4096 * (weights + 384 * 64)
 
 
 def test_seconds_go_by_both_kinds_of_products():

@@ -1,5 +1,6 @@
 """Recovery: gradients against autograd, what learns and what does not, and what is written down."""
 
+import contextlib
 import math
 import shutil
 from itertools import pairwise
@@ -7,6 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import secateur  # noqa: F401 - registers the format
@@ -18,11 +21,12 @@ from secateur.config import make_recipe
 from secateur.errors import ConfigError, ModelError, OutputError, ResourceError
 from secateur.pruning import recovery
 from secateur.pruning.derive import derive_recipe
+from secateur.pruning.likely_tokens import with_tokens
 from secateur.pruning.recovery import distil, rate
 from tests.pruning.test_base import tied_base
 from tests.pruning.tiny_derivation import calibration, derive_tiny, masks_and_weights
-from tests.pruning.tiny_recovery import TEXT, divergence, opened, save_base, take_small_steps
-from tests.tiny import save_tiny
+from tests.pruning.tiny_recovery import TEXT, save_base, take_small_steps
+from tests.tiny import save_tiny, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,16 @@ def base(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     take_small_steps(monkeypatch)
+
+
+def opened(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def divergence(model, parent, token_ids):
+    """KL(parent || model) in nats at the mean position."""
+    ours, theirs = (one(input_ids=token_ids).logits.double().log_softmax(-1) for one in (model, parent))
+    return functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])  # gemma 2 caps its logits
@@ -92,9 +106,9 @@ def test_a_head_that_is_not_the_embedding(tmp_path, monkeypatch, head):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "gpt_bigcode"])
 def test_a_large_vocabulary_is_compared_where_it_is_likely(tmp_path, monkeypatch, family):
-    """Heads of their own, tied ones, logits that are capped and that are scaled; the tokens are those of the parent."""
+    """Heads of their own, tied ones, logits that are capped and that are scaled."""
     monkeypatch.setattr("secateur.pruning.likely_tokens.LIKELIEST", 40)
-    monkeypatch.setattr(recovery, "_SEEN", 3 * 48)
+    monkeypatch.setattr(recovery, "SEEN", 3 * 48)
     monkeypatch.setattr(recovery, "LEARNING_RATE", 3e-3)
     base, seen = save_tiny(tmp_path / "base", family, dtype=torch.float32), []
     real = recovery.distil
@@ -115,7 +129,23 @@ def test_a_large_vocabulary_is_compared_where_it_is_likely(tmp_path, monkeypatch
     torch.testing.assert_close(seen[0][1], wanted[..., likely], rtol=1e-4, atol=1e-5)
     before, after = (divergence(opened(tmp_path / one), parent, token_ids).item() for one in ("pruned", "learnt"))
     assert after < 0.98 * before
-    assert masks_and_weights(tmp_path / "learnt").keys() == masks_and_weights(tmp_path / "pruned").keys()
+    stored, outer = opened(tmp_path / "learnt").state_dict(), {"embed_tokens", "lm_head", "wte", "embed_in"}
+    ours = {name for name in stored if outer & set(name.split("."))}
+    assert ours
+    assert all(torch.equal(stored[name], parent.state_dict()[name]) for name in ours)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_head_of_some_tokens(bias):
+    """Its logits are those of the whole head, which is there again afterwards, even after an error."""
+    model, token_ids = tiny_model("llama"), torch.from_numpy(TEXT.token_ids[:2])
+    whole = model.lm_head = nn.Linear(64, 384, bias=bias)
+    tokens, before = torch.tensor([3, 7, 300]), dict(whole.named_parameters())
+    with torch.no_grad(), contextlib.suppress(KeyError), with_tokens(model, tokens):
+        some = model(token_ids).logits
+        raise KeyError
+    torch.testing.assert_close(some, model(token_ids).logits[..., tokens])
+    assert all(one is before[name] for name, one in model.lm_head.named_parameters())
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "gemma2", "starcoder2", "opt"])

@@ -14,14 +14,9 @@ from secateur.errors import OutputError
 from secateur.pruning import recovery
 from secateur.pruning.job import Job
 from tests.pruning.tiny_derivation import Interrupt, contents, derive_tiny, masks_and_weights
-from tests.pruning.tiny_recovery import (
-    TEXT,
-    VALUES,
-    interrupted,
-    save_always,
-    save_base,
-    take_small_steps,
-)
+from tests.pruning.tiny_recovery import TEXT, save_base, take_small_steps
+
+VALUES = [{}, {"values": "int8"}, {"values": "int4", "method": "admm"}]
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +29,25 @@ def small_steps(monkeypatch):
     take_small_steps(monkeypatch)
 
 
+def save_always(monkeypatch):
+    monkeypatch.setattr(recovery, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(recovery, "_SAVE_SHARE", math.inf)
+
+
+def interrupted(base, out, moment, **options):
+    def stop(stage, done, _):
+        if (stage, done) == moment:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        derive_tiny(base, out, recovery=TEXT, progress=stop, **options)
+
+
+@pytest.mark.parametrize("likely", [40, 16384], ids=["few tokens", "all tokens"])
 @pytest.mark.parametrize("options", VALUES, ids=["base", "int8", "int4"])
 @pytest.mark.parametrize("moment", [("prune", 1), ("recover", 0), ("recover", 4), ("recover", 6)])
-def test_an_interrupted_recovery_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch, options, moment):
+def test_an_interrupted_recovery_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch, options, moment, likely):
+    monkeypatch.setattr("secateur.pruning.likely_tokens.LIKELIEST", likely)
     derive_tiny(base, tmp_path / "whole", recovery=TEXT, **options)
     save_always(monkeypatch)
     interrupted(base, tmp_path / "out", moment, **options)

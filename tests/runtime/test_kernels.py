@@ -15,7 +15,7 @@ from tests.runtime.native_weights import OFFSETS, parts_of, quantised, random_we
 if not kernels.available():
     pytest.skip("the native code is not built", allow_module_level=True)
 
-WIDTHS = (1, 63, 65, 576, 896, 4864)
+WIDTHS = (1, 63, 65, 576, 896, 1100, 2100, 4864)  # some take several tiles, of which the last is not whole
 BATCHES = (1, 2, 5, 8, 16, 17, 70)
 ROWS = (1, 15, 16, 17, 33, 64, 65, 130)
 KINDS = [("bf16", 0), ("fp16", 0)] + [(kind, group) for kind in ("int8", "int4", "nl4") for group in (32, 64, 128)]

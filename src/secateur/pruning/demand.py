@@ -123,12 +123,12 @@ class Demand:
         hidden, intermediate = self._widths()
         # The parent, what is not shared with it, gradients, and a byte for each entry of a mask.
         models = self.itemsize * (self._all() + 2 * learning + self._outer_matrices()) + learning
-        tokens = self.recovering * sequences_together(self.recovering, config.vocab_size, self.itemsize)
+        size = compared(self.model)  # of the vocabulary
+        tokens = self.recovering * sequences_together(self.recovering, size, self.itemsize)
         for_gradients = tokens * self.itemsize * (KEPT_INTERMEDIATE * intermediate + KEPT_HIDDEN * hidden)
         if self._is_eager():  # which keeps what belongs to all pairs of positions
             for_gradients += tokens * self.recovering * config.num_attention_heads * (self.itemsize + FLOAT_BYTES)
         # Of all tokens those of one sequence, before anything is learnt.
-        size = compared(config.vocab_size)
         logits = self.itemsize * max(LOGITS_COPIES * tokens * size, self.recovering * config.vocab_size)
         if size < config.vocab_size:
             models += 2 * self.itemsize * size * hidden

@@ -58,7 +58,7 @@ def measure_divergence(  # noqa: PLR0917
     -------
     Divergence
         Mean of KL(parent || changed) over `POSITIONS` positions, in nats, by the names of the weights of each part; of
-        the probabilities among the `LIKELIEST` tokens, which are nearly all.
+        the probabilities among the likeliest tokens (`likely_tokens`), which are nearly all.
 
     Raises
     ------

@@ -21,6 +21,7 @@ from secateur.pruning.divergence import POSITIONS, TOKENS, parts
 from secateur.pruning.job import follows_parent
 from secateur.pruning.likely_tokens import compared
 from secateur.pruning.methods import METHODS
+from secateur.pruning.recovery import SEEN
 from secateur.pruning.weight import encoding_of
 
 _TRIED = 1024  # rows and columns of the products that are tried out
@@ -130,7 +131,9 @@ def work_of(
     if rounded:
         products, factors = products + _ROUNDED[0], factors + _ROUNDED[1]
     config = model.config.get_text_config(decoder=True)
-    likely = float(compared(config.vocab_size) * config.hidden_size)
+    head, likely = float(config.vocab_size * config.hidden_size), float(compared(model) * config.hidden_size)
+    # Of the text that is learnt from, where it tells which tokens of the vocabulary are likely.
+    seen = min(recovering, SEEN) if likely < head else 0
     # Each part is changed alone, and the model runs from its block on.
     runs = len(blocks) * 2
     measured = runs * (TOKENS * weights / 2 + POSITIONS * likely)
@@ -139,7 +142,7 @@ def work_of(
         grams=tokens * float(sum(width**2 for width in inputs)) * streams * gram,
         solving=float(sum(shape.numel() * shape[1] * products + shape[1] ** 3 * factors for shape in shapes)),
         measuring=measured * measuring,
-        learning=recovering * (weights + likely) * (1 + _BACKWARD),
+        learning=recovering * (weights + likely) * (1 + _BACKWARD) + seen * (weights + head),
     )
 
 

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-LIKELIEST = 16384  # tokens that are compared: those that the parent gives most to
+LIKELIEST = 16384  # tokens of a larger vocabulary that are compared
 _ROWS = 64  # positions whose probabilities are in float32 at a time
 
 
-def compared(vocabulary: int) -> int:
-    """Return how many tokens of a vocabulary are compared."""
-    return min(LIKELIEST, vocabulary)
+def compared(model: PreTrainedModel) -> int:
+    """Return how many tokens of a model's vocabulary are compared: all of them where its head cannot be cut."""
+    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+    return min(LIKELIEST, vocabulary) if type(model.get_output_embeddings()) is nn.Linear else vocabulary
 
 
 def total_probabilities(logits: Tensor) -> Tensor:
@@ -25,17 +26,16 @@ def total_probabilities(logits: Tensor) -> Tensor:
 
 
 def likeliest(model: PreTrainedModel, total: Tensor) -> Tensor:
-    """Return the tokens with the largest totals, ascending; all of them where the head of a model cannot be cut."""
-    if type(model.get_output_embeddings()) is not nn.Linear:
-        return torch.arange(len(total), device=total.device)
-    return total.topk(compared(len(total))).indices.sort().values
+    """Return the tokens with the largest totals that are compared, ascending."""
+    return total.topk(compared(model)).indices.sort().values
 
 
 @contextmanager
 def with_tokens(model: PreTrainedModel, tokens: Tensor) -> Iterator[None]:
     """While it is open a head computes the logits of these tokens only, in their order; what it is tied to stays."""
     head = model.get_output_embeddings()
-    whole = dict(head.named_parameters(recurse=False)) if len(tokens) < len(head.weight) else {}
+    cut = type(head) is nn.Linear and len(tokens) < len(head.weight)
+    whole = dict(head.named_parameters(recurse=False)) if cut else {}
     try:
         for name, parameter in whole.items():
             setattr(head, name, nn.Parameter(parameter.data[tokens], requires_grad=False))

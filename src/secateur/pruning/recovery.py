@@ -2,9 +2,9 @@
 
 Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) without labels: at every position of a text the
 Kullback-Leibler divergence from the parent's next-token probabilities to the sub-model's is lowered, of a large
-vocabulary those among the tokens that the parent finds likely in such text. What the mask
-keeps, norms and biases inside the blocks learn; embedding, head and what lies outside the blocks stay the parent's.
-Weights that will be stored as integers are rounded at every step, so that all others learn to make up for it.
+vocabulary those among the tokens that are likely in such text. What the mask keeps, norms and biases inside the blocks
+learn; embedding, head and what lies outside the blocks stay the parent's. Weights that will be stored as integers are
+rounded at every step, so that all others learn to make up for it.
 """
 
 import math
@@ -34,7 +34,7 @@ _BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
 # Logits of sequences that run together; the parent's are there too, and as many gradients.
 _LOGITS_BYTES = 256 * 2**20
 _ROWS = 256  # positions whose probabilities are in float32 at a time
-_SEEN = 4096  # tokens of the text, and at least a sequence, that tell which tokens the parent finds likely
+SEEN = 4096  # tokens of the text, and at least a sequence, that tell which tokens the parent finds likely
 _SAVE_SECONDS, _SAVE_SHARE = 300.0, 0.05  # at least so long from one save to the next, and at most so much of the time
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PARTS = ("weights", *_MOMENTS)
@@ -135,29 +135,31 @@ def recover(pupil: Pupil, token_ids: Tensor, state: Path, progress: Callable[[in
     course = _Course(pupil, token_ids)
     done = course.restore(state)
     pupil.round()
+    progress(done, course.steps)
+    if done == course.steps:
+        return
     tokens = _likely_tokens(pupil.parent, token_ids)
     saved, pause = time.monotonic(), _SAVE_SECONDS
     with with_tokens(pupil.model, tokens), with_tokens(pupil.parent, tokens):
         for step in range(done, course.steps):
-            progress(step, course.steps)
             course.take(step)
             if (began := time.monotonic()) - saved >= pause or step + 1 == course.steps:
                 course.save(state, step + 1)
                 saved = time.monotonic()
                 pause = max(_SAVE_SECONDS, (saved - began) / _SAVE_SHARE)
-    progress(course.steps, course.steps)
+            progress(step + 1, course.steps)
 
 
 def _likely_tokens(parent: PreTrainedModel, token_ids: Tensor) -> Tensor:
     """Return the tokens that are compared: those that the text has, or its parent expects, most often."""
     size = parent.config.get_text_config(decoder=True).vocab_size
     total = torch.bincount(token_ids.flatten(), minlength=size).float().to(parent.device) / token_ids.numel()
-    rows = token_ids[:: -(-token_ids.numel() // _SEEN)]
-    if compared(size) < size:
+    rows = token_ids[:: -(-token_ids.numel() // SEEN)]
+    if compared(parent) < size:
         with torch.inference_mode():
             for row in rows:
-                logits = parent(input_ids=row[None].to(parent.device), use_cache=False).logits[0]
-                total += total_probabilities(logits) / rows.numel()
+                inputs = row[None].to(parent.device)
+                total += total_probabilities(parent(input_ids=inputs, use_cache=False).logits[0]) / rows.numel()
     return likeliest(parent, total)
 
 
@@ -176,8 +178,7 @@ class _Course:
         length = token_ids.shape[1]
         self._sequences = max(1, STEP_TOKENS // length)
         self.steps = -(-len(token_ids) // self._sequences)
-        vocabulary = pupil.model.config.get_text_config(decoder=True).vocab_size
-        self._together = sequences_together(length, vocabulary, pupil.model.dtype.itemsize)
+        self._together = sequences_together(length, compared(pupil.model), pupil.model.dtype.itemsize)
 
     def take(self, step: int) -> None:
         """Take one step; raises `ModelError`, before a weight has changed, when its gradient is no number."""
@@ -204,7 +205,7 @@ class _Course:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
             if (mask := self._pupil.masks.get(name)) is not None:
-                gradient *= mask.view(torch.uint8).to(gradient.dtype)  # five times as fast as from bool
+                gradient *= mask.view(torch.uint8).to(gradient.dtype)  # from truth values is slow
             if weight.grad is None:
                 weight.grad = gradient.float()
             elif first:
@@ -269,9 +270,9 @@ def distil(model: PreTrainedModel, parent: PreTrainedModel, token_ids: Tensor, *
     logits.backward(gradient)
 
 
-def sequences_together(length: int, vocabulary: int, itemsize: int) -> int:
-    """Return how many sequences run in one pass: those of a step, if their logits are not too large."""
-    return max(1, min(STEP_TOKENS // length, _LOGITS_BYTES // (compared(vocabulary) * length * itemsize)))
+def sequences_together(length: int, tokens: int, itemsize: int) -> int:
+    """Return how many sequences run in one pass, by the tokens compared: those of a step, if their logits are small."""
+    return max(1, min(STEP_TOKENS // length, _LOGITS_BYTES // (tokens * length * itemsize)))
 
 
 def rate(step: int, steps: int) -> float:
