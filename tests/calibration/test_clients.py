@@ -10,7 +10,7 @@ import pytest
 from secateur.calibration import clients
 from secateur.calibration.clients import Package, PackageSource, cache_file, load_package, render_archive
 from secateur.calibration.documents import documents_hash
-from secateur.calibration.pins import CAPACITOR_ANDROID, CORDOVA_ANDROID, MATHJS, NODE_WHEEL, THREE
+from secateur.calibration.pins import ALGORITHMS, CAPACITOR_ANDROID, CORDOVA_ANDROID, MATHJS, NODE_WHEEL, THREE
 from secateur.calibration.sources import SourceUnavailableError
 from secateur.errors import CorpusError
 from tests.calibration.texts import source, tarred, zipped
@@ -165,7 +165,7 @@ def test_run_client_reports_what_the_client_said(tmp_path: Path, monkeypatch: py
 
 
 def test_pins_are_whole() -> None:
-    for package in (THREE, MATHJS, CAPACITOR_ANDROID, CORDOVA_ANDROID, NODE_WHEEL):
+    for package in (THREE, MATHJS, CAPACITOR_ANDROID, CORDOVA_ANDROID, ALGORITHMS, NODE_WHEEL):
         hashes = [package.documents_sha256, *(digest for _, digest in package.archives)]
         assert all(len(digest) == 64 and int(digest, 16) for digest in hashes)
         assert len(set(hashes)) == len(hashes)
@@ -173,10 +173,10 @@ def test_pins_are_whole() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "package", [THREE, MATHJS, CAPACITOR_ANDROID, CORDOVA_ANDROID, NODE_WHEEL], ids=lambda p: p.name
+    "package", [THREE, MATHJS, CAPACITOR_ANDROID, CORDOVA_ANDROID, ALGORITHMS, NODE_WHEEL], ids=lambda p: p.name
 )
 def test_real_packages_are_what_was_pinned(package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
-    client = "pip" if package is NODE_WHEEL else "npm"
+    client = "pip" if package in {ALGORITHMS, NODE_WHEEL} else "npm"
     assert subprocess.run([sys.executable, "-m", "pip", "--version"], check=False).returncode == 0
     assert len(load_package(package, client)) > 40

