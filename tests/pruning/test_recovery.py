@@ -25,18 +25,8 @@ from secateur.pruning.likely_tokens import with_tokens
 from secateur.pruning.recovery import distil, rate
 from tests.pruning.test_base import tied_base
 from tests.pruning.tiny_derivation import calibration, derive_tiny, masks_and_weights
-from tests.pruning.tiny_recovery import TEXT, save_base, take_small_steps
+from tests.pruning.tiny_recovery import TEXT, recovery_base, small_steps  # noqa: F401 - fixtures
 from tests.tiny import save_tiny, tiny_model
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("recovery") / "base")
-
-
-@pytest.fixture(autouse=True)
-def small_steps(monkeypatch):
-    take_small_steps(monkeypatch)
 
 
 def opened(folder):

@@ -14,19 +14,9 @@ from secateur.errors import OutputError
 from secateur.pruning import recovery
 from secateur.pruning.job import Job
 from tests.pruning.tiny_derivation import Interrupt, contents, derive_tiny, masks_and_weights
-from tests.pruning.tiny_recovery import TEXT, save_base, take_small_steps
+from tests.pruning.tiny_recovery import TEXT, recovery_base, small_steps  # noqa: F401 - fixtures
 
 VALUES = [{}, {"values": "int8"}, {"values": "int4", "method": "admm"}]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("recovery") / "base")
-
-
-@pytest.fixture(autouse=True)
-def small_steps(monkeypatch):
-    take_small_steps(monkeypatch)
 
 
 def save_always(monkeypatch):

@@ -1,5 +1,6 @@
 """What the tests of recovery share: text, a small base, and steps of two sequences."""
 
+import pytest
 import torch
 
 import secateur  # noqa: F401 - registers the format
@@ -10,11 +11,13 @@ from tests.tiny import save_tiny
 TEXT = calibration(samples=12, seed=7)
 
 
-def save_base(path):
-    return save_tiny(path, "llama", dtype=torch.float32)
+@pytest.fixture(scope="module", name="base")
+def recovery_base(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("recovery") / "base", "llama", dtype=torch.float32)
 
 
-def take_small_steps(monkeypatch):
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
     """Six steps of two sequences instead of a single one."""
     monkeypatch.setattr(recovery, "STEP_TOKENS", 96)
     monkeypatch.setattr(recovery, "LEARNING_RATE", 2e-2)
