@@ -1,32 +1,20 @@
-"""How much of a benchmark stands in a calibration set: runs of 13 tokens that both have.
+"""Which runs of 13 words and signs a calibration set has in common with benchmarks of programs.
 
     python benchmarks/text_overlap.py MODEL --for DOMAIN ... [--samples 128] [--recover TOKENS] [--tasks humaneval mbpp]
 
-Draws the calibration set as `secateur derive` does with the same options (and what `--recover` would learn from), and
-looks for runs of 13 tokens of the model's tokenizer in each problem's text: prompt, the benchmark's own solution where
-it has one, and checks. Prints how many problems have such a run, and the runs: what is usual in any program has some.
+`secateur derive` records how many problems have such runs; this also prints the runs, with how many problems have
+each, to be judged by a reader. Draws the text as `derive` does with the same options (and what `--recover` would learn
+from). A problem's text is its prompt and, where it has one, the benchmark's own solution.
 """
 
 import argparse
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
 import secateur
+from secateur.calibration.benchmark_runs import count_overlaps, runs
 from secateur.evaluation.programs.loading import load_benchmark
 from secateur.models.source import load_tokenizer, resolve_model
-
-RUN = 13
-
-
-def runs(token_ids):
-    return zip(*(token_ids[shift:] for shift in range(RUN)), strict=False)
-
-
-def shared(tokenizer, seen, problem):
-    """Return the runs of a problem's text that are in `seen`, as text."""
-    text = f"{problem.prompt}{problem.solution or ''}\n{problem.checks}"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [tokenizer.decode(run) for run in runs(ids) if run in seen]
 
 
 def main():
@@ -39,21 +27,20 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=["humaneval", "mbpp"])
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
-    tokenizer, seen = load_tokenizer(resolve_model(options.model)), set()
-    domains = {name: float(weight or 1) for name, _, weight in (one.partition("=") for one in options.domains)}
+    tokenizer, texts = load_tokenizer(resolve_model(options.model)), []
     for samples in (options.samples, options.recover // 512):
         if samples:
-            drawn = secateur.calibrate(domains, tokenizer, samples=samples, data=options.data, seed=options.seed)
-            seen |= {run for row in drawn.token_ids.tolist() for run in runs(row)}
+            drawn = secateur.calibrate(
+                options.domains, tokenizer, samples=samples, data=options.data, seed=options.seed
+            )
+            texts += [tokenizer.decode(row) for row in drawn.token_ids.tolist()]
+    seen, counted = {run for text in texts for run in runs(text)}, count_overlaps(texts)
     for task in options.tasks:
-        problems, found = load_benchmark(task, options.data).problems, defaultdict(set)
-        for name, problem in problems.items():
-            for run in shared(tokenizer, seen, problem):
-                found[run].add(name)
-        touched = set().union(*found.values())
-        print(f"{task}: {len(touched)} of {len(problems)} problems have a run of {RUN} tokens of {len(seen)}")
-        for run, names in sorted(found.items(), key=lambda one: -len(one[1])):
-            print(f"  {len(names)} problems: {run!r}")
+        print(f"{task}: {counted[task]}")
+        problems = load_benchmark(task, options.data).problems.values()
+        found = Counter(run for one in problems for run in seen & set(runs(one.prompt + (one.solution or ""))))
+        for run, number in found.most_common():
+            print(f"  {number} problems: {run}")
 
 
 if __name__ == "__main__":

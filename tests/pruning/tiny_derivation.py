@@ -21,7 +21,7 @@ PROVENANCE = Provenance("python", "random tokens", "1", "CC0-1.0", "0" * 64)
 def calibration(samples: int = 5, sequence_length: int = 48, seed: int = 0) -> CalibrationSet:
     """Random tokens; 48 of them are more than the 32 of the tiny models' sliding windows."""
     token_ids = np.random.default_rng(seed).integers(0, 256, (samples, sequence_length), dtype=np.int64)
-    return CalibrationSet(token_ids, seed, (("python", 1.0),), (PROVENANCE,), token_ids_hash(token_ids))
+    return CalibrationSet(token_ids, seed, (("python", 1.0),), (PROVENANCE,), token_ids_hash(token_ids), {})
 
 
 def derive_tiny(base: Path, output: Path, **options: object) -> SubModel:

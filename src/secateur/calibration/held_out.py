@@ -121,5 +121,5 @@ def _predicted_bytes(span: Span, tokenizer: Tokenizer, *, has_begin: bool) -> in
         encoded = tokenizer(span.text, add_special_tokens=False, return_offsets_mapping=True)
         first = span.text[: encoded.offset_mapping[0][1]]
     else:
-        first = tokenizer.decode(span.token_ids[:1])  # type: ignore[attr-defined]
+        first = tokenizer.decode(span.token_ids[:1])
     return whole - len(first.encode())

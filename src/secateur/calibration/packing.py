@@ -1,13 +1,14 @@
 """From a mixture of domains to a packed calibration set: sequences without padding, each domain by its tokens."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.calibration.benchmark_runs import Overlap, count_overlaps
 from secateur.calibration.corpora import domain_key, load_corpus
 from secateur.calibration.documents import TRAIN, Corpus, Provenance
 from secateur.calibration.mixture import Mixture, apportion, normalise_mixture
@@ -20,7 +21,8 @@ class CalibrationSet:
     """Packed token ids and where they came from.
 
     `token_ids` is int64 [samples, sequence_length]; `mixture` holds the domains with weights by tokens that sum to 1,
-    `code` written as its languages; `sha256` covers the shape and the token ids.
+    `code` written as its languages; `sha256` covers the shape and the token ids. `benchmarks` says what the text has of
+    each known benchmark (`benchmark_runs`).
     """
 
     token_ids: NDArray[np.int64]
@@ -28,6 +30,7 @@ class CalibrationSet:
     mixture: Mixture
     provenance: tuple[Provenance, ...]
     sha256: str
+    benchmarks: Mapping[str, Overlap]
 
     @property
     def samples(self) -> int:
@@ -104,7 +107,8 @@ def build_calibration_set(
     draws = random_numbers(seed, "order of the sequences", samples)
     order = sorted(range(samples), key=draws.__getitem__)
     token_ids = np.array([[*begin, *rows[index]] for index in order], dtype=np.int64)
-    return CalibrationSet(token_ids, seed, mixture, provenance, token_ids_hash(token_ids))
+    benchmarks = count_overlaps(tokenizer.decode(row) for row in token_ids.tolist())
+    return CalibrationSet(token_ids, seed, mixture, provenance, token_ids_hash(token_ids), benchmarks)
 
 
 def unseen_sequences(

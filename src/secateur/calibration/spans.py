@@ -26,6 +26,8 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: str, *, add_special_tokens: bool = True, **options: Any) -> Any: ...  # noqa: D102
 
+    def decode(self, token_ids: Any) -> str: ...  # noqa: D102
+
 
 @dataclass(frozen=True)
 class Span:

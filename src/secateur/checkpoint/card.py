@@ -33,7 +33,7 @@ decoder's linear layers {kept:,} are kept ({sparsity:.2%} sparsity); {outside}.
 | method | {method}, {granularity}, budget {budget} |
 | sparsity | {sparsity:.4f} |
 | values | {values} |{head}
-| calibration | {samples} x {sequence_length} tokens, seed {seed}, SHA-256 `{calibration_hash}` |{recovery}
+| calibration | {samples} x {sequence_length} tokens, seed {seed}, SHA-256 `{calibration_hash}` |{recovery}{benchmarks}
 | sources | {sources} |
 
 What pruning cost is not known from this card: measure it with
@@ -47,6 +47,7 @@ _FEWER = "\n| vocabulary | {tokens:,} of {of:,} tokens{more}: text that had othe
 _RECOVERED = (
     "\n| recovery | learnt the parent's probabilities on {samples} x {sequence_length} tokens, SHA-256 `{sha256}` |"
 )
+_SHARED = "problems of which the text has a run of 13 words, and of which it has at least half"
 _UNTOUCHED, _ROUNDED = "embeddings and head are those of the parent", "embedding and head are the parent's in {values}"
 _LEARNT, _SAME = "norms and biases inside the blocks have learnt with the weights", "norms are those of the parent"
 _SCALED = "norms are the parent's, with some methods but for powers of two that the weights around them make up for"
@@ -76,8 +77,23 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         seed=recipe["seed"],
         calibration_hash=calibration["sha256"],
         recovery=_RECOVERED.format(**manifest["recovery"]) if "recovery" in manifest else "",
+        benchmarks=_describe_benchmarks(manifest),
         sources=sources,
     )
+
+
+def _describe_benchmarks(manifest: Mapping[str, Any]) -> str:
+    """Return a row on what the texts share with benchmarks; nothing for a manifest of a time when nobody looked."""
+    parts = [
+        f"{what}: {_of_benchmarks(manifest[what]['benchmarks'])}"
+        for what in ("calibration", "recovery")
+        if manifest.get(what, {}).get("benchmarks")
+    ]
+    return f"\n| benchmarks | {_SHARED}: {'; '.join(parts)} |" if parts else ""
+
+
+def _of_benchmarks(overlaps: Mapping[str, Mapping[str, int]]) -> str:
+    return ", ".join(f"{name} {one['touched']}, {one['held']} of {one['problems']}" for name, one in overlaps.items())
 
 
 def describe_eight_bits(manifest: Mapping[str, Any]) -> str:

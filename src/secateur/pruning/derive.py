@@ -251,6 +251,9 @@ def derive_recipe(
 def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> SubModel:
     """Derive once, or as often as a quality that is to be kept asks for."""
     output, quality = execution.target, recipe.keep_quality
+    say = execution.announce or (lambda _: None)
+    for warning in texts.warnings():
+        say(warning)
     if quality is None:
         return _derive(base, recipe, texts, execution)
     if execution.resume and os.path.lexists(output):
@@ -275,7 +278,7 @@ def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -
 
     with open_trials(output, asked, resume=execution.resume) as trials:
         with limited_threads(threads):
-            footprint, say = Footprint.of(base, base.stored_names()), execution.announce or (lambda _: None)
+            footprint = Footprint.of(base, base.stored_names())
             search = Search(trials, recipe, quality=quality, judge=judge, footprint=footprint, derive=one, say=say)
             best = search.run()
         log = trials.publish(best)

@@ -1,5 +1,6 @@
 """The texts that a sub-model is derived from, and whether a model can take them."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +36,16 @@ class Texts:
         texts = {"calibration": self.calibration, "recovery": self.recovery}
         return {name: _described(text) for name, text in texts.items() if text is not None}
 
+    def warnings(self) -> Iterator[str]:
+        """Yield a sentence for each benchmark that a text holds problems of."""
+        for what, text in (("calibration", self.calibration), ("recovery", self.recovery)):
+            for name, overlap in text.benchmarks.items() if text is not None else ():
+                if overlap.held:
+                    yield (
+                        f"warning: the text for {what} holds {overlap.held} of the {overlap.problems} problems of "
+                        f"{name}: what a sub-model of it solves there says little of other problems"
+                    )
+
 
 def check_length(model: PreTrainedModel, sequence_length: int) -> None:
     """Raise `ConfigError` for sequences that are longer than the model takes."""
@@ -63,4 +74,5 @@ def _described(text: CalibrationSet) -> dict[str, Any]:
         "samples": text.samples,
         "sequence_length": text.sequence_length,
         "provenance": [asdict(one) for one in text.provenance],
+        "benchmarks": {name: asdict(overlap) for name, overlap in text.benchmarks.items()},
     }
