@@ -48,6 +48,17 @@ def test_saved_and_read_again_it_is_the_same(recipe_file):
     assert "for" in recipe.to_dict()
 
 
+def test_text_to_learn_from_is_of_a_recovery():
+    given = {"for": "python", "recover": 1024}
+    assert make_recipe(given).recover_for == ()
+    assert make_recipe({**given, "recover_for": {"java": 2.0, "cpp": 1.0}}).recover_for == ("java=2.0", "cpp=1.0")
+    assert make_recipe({**given, "recover_for": "java"}).to_dict()["recover_for"] == ["java"]
+    with pytest.raises(ConfigError, match=r"option 'recover_for' cannot be .*of how many tokens with --recover"):
+        make_recipe({"for": "python", "recover_for": ["java"]})
+    with pytest.raises(ConfigError, match=r"option 'recover_for' cannot be .*--keep-quality"):
+        make_recipe({**given, "recover_for": ["java"], "keep_quality": 0.9})
+
+
 def test_a_recipe_is_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         make_recipe({"for": "python"}).sparsity = 0.1

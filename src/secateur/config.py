@@ -92,7 +92,9 @@ class Recipe(BaseModel):
         others leave embedding and head, and text that had them is split into more. None keeps all; `auto`, beside
         `target_size`, as many as serve best in a sub-model of that size, whose own recipe has their number.
     recover
-        Tokens of the domains' text that the pruned model learns from, in whole sequences; 0: it does not.
+        Tokens of text that the pruned model learns from, in whole sequences; 0: it does not.
+    recover_for
+        The domains of that text, as `domains`, which they are when empty; the key of a recipe file is `recover_for`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, strict=True)
@@ -116,6 +118,7 @@ class Recipe(BaseModel):
     trim_vocabulary: bool = False
     vocabulary: int | Literal["auto"] | None = None
     recover: Annotated[int, Field(ge=0)] = 0
+    recover_for: tuple[str, ...] = ()
     correction: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = DEFAULT_CORRECTION
     first_token_weight: Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)] = DEFAULT_FIRST_TOKEN_WEIGHT
 
@@ -172,7 +175,17 @@ class Recipe(BaseModel):
             raise ValueError("give a number and a unit, such as 300MB")
         return round(float(found[1]) * UNITS[found[2].lower()])
 
-    @field_validator("domains", mode="before")
+    @field_validator("recover_for", mode="after")
+    @classmethod
+    def _text_to_learn_from(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        """Refuse text for a recovery that does not take place, and beside what is measured on text nobody has seen."""
+        if value and not info.data.get("recover"):
+            raise ValueError("it is the text of a recovery; say of how many tokens with --recover, or leave it out")
+        if value and info.data.get("keep_quality") is not None:
+            raise ValueError("--keep-quality measures on text that follows what was learnt from; leave one of them out")
+        return value
+
+    @field_validator("domains", "recover_for", mode="before")
     @classmethod
     def _domains_as_strings(cls, value: object) -> object:
         """Accept `python`, `[python, general=0.2]` and `{python: 0.8, general: 0.2}`."""

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -23,6 +24,7 @@ from secateur.pruning import recovery
 from secateur.pruning.derive import derive_recipe
 from secateur.pruning.likely_tokens import with_tokens
 from secateur.pruning.recovery import distil, rate
+from tests.calibration.texts import write_data
 from tests.pruning.test_base import tied_base
 from tests.pruning.tiny_derivation import calibration, derive_tiny, masks_and_weights
 from tests.pruning.tiny_recovery import TEXT, recovery_base, small_steps  # noqa: F401 - fixtures
@@ -221,6 +223,7 @@ def test_the_manifest_says_from_what_it_learnt(base, tmp_path):
     derive_tiny(base, tmp_path / "sub", recovery=TEXT)
     manifest = read_json(tmp_path / "sub" / MANIFEST)
     assert manifest["recipe"]["recover"] == 12 * 48
+    assert manifest["recipe"]["recover_for"] == []
     assert manifest["recovery"]["sha256"] == TEXT.sha256
     assert manifest["recovery"]["samples"] == 12
     with pytest.raises(OutputError, match=r"made with another recovery \(sha256\)"):
@@ -279,6 +282,38 @@ def test_rates_rise_and_fall():
     assert all(one > other for one, other in pairwise(rates[10:]))
     assert 0.05 <= rates[-1] < 0.051
     assert rate(0, 1) == 1
+
+
+def test_other_text_to_learn_from(base, tmp_path):
+    for domain in ("python", "java"):
+        write_data(tmp_path / "data", domain)
+    recipe = {
+        "model": str(base),
+        "for": "python",
+        "method": "wanda",
+        "samples": 4,
+        "sequence_length": 48,
+        "recover": 96,
+    }
+    learnt = {}
+    for name, others in (("same", []), ("java", ["java"]), ("both", ["java=0.5", "python=0.5"])):
+        options = {"output": tmp_path / name, "data": tmp_path / "data", "threads": 1}
+        derive_recipe(make_recipe({**recipe, "recover": 96, "recover_for": others}), **options)
+        manifest = read_json(tmp_path / name / MANIFEST)
+        assert manifest["recipe"]["recover_for"] == others
+        assert [one["domain"] for one in manifest["calibration"]["provenance"]] == ["python"]
+        learnt[name] = [one["domain"] for one in manifest["recovery"]["provenance"]]
+    assert learnt == {"same": ["python"], "java": ["java"], "both": ["java", "python"]}
+    with pytest.raises(OutputError, match=r"made with another recipe \(recover_for\)"):
+        derive_recipe(
+            make_recipe({**recipe, "recover": 96, "recover_for": ["java=2", "python"]}), **options, resume=True
+        )
+
+
+def test_the_manifest_of_text_from_elsewhere(base, tmp_path):
+    other = replace(TEXT, mixture=(("java", 0.5), ("general", 0.5)))
+    derive_tiny(base, tmp_path / "sub", recovery=other)
+    assert read_json(tmp_path / "sub" / MANIFEST)["recipe"]["recover_for"] == ["java=0.5", "general=0.5"]
 
 
 @pytest.mark.parametrize("tokens", [-1, 47])

@@ -83,6 +83,14 @@ def derive(
     recover: Annotated[
         int | None, typer.Option(help="Tokens to learn from after pruning, beside the parent.", show_default="0")
     ] = None,
+    recover_for: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recover-for",
+            help="Domain of the text to learn from, as --for; repeat to mix.",
+            show_default="those of --for",
+        ),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with these options; flags win over it.")] = None,
     data: Data = None,
     device: Device = "cpu",
@@ -116,6 +124,7 @@ def derive(
         "correction": correction,
         "first_token_weight": first_token_weight,
         "recover": recover,
+        "recover_for": recover_for or None,
     }
     settings = make_recipe(options, recipe)
     console.quiet_libraries()

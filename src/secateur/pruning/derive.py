@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from secateur.calibration.mixture import domain_items, parse_mixture
+from secateur.calibration.mixture import Mixture, domain_items, parse_mixture
 from secateur.calibration.packing import CalibrationSet, build_calibration_set, token_ids_hash
 from secateur.calibration.shortlist import TokenChoice, choose_tokens
 from secateur.checkpoint.format import MANIFEST, read_json
@@ -177,6 +177,7 @@ def derive(
             "correction": correction,
             "first_token_weight": first_token_weight,
             "recover": 0 if recovery is None else recovery.token_ids.size,
+            "recover_for": _other_domains(calibration, recovery),
         }
     )
     execution = Execution(output, device, threads, resume, progress, announce, None if data is None else Path(data))
@@ -204,6 +205,7 @@ def derive_recipe(
     METHODS.get(recipe.method)
     BUDGETS.get(recipe.budget)
     mixture = parse_mixture(recipe.domains)
+    learnt = parse_mixture(recipe.recover_for) if recipe.recover_for else mixture
     if 0 < recipe.recover < recipe.sequence_length:
         raise ConfigError(
             f"recovery from {recipe.recover} tokens is less than one sequence of {recipe.sequence_length}: "
@@ -218,7 +220,7 @@ def derive_recipe(
     folder = resolve_model(recipe.model)
     execution = Execution(output, device, threads, resume, progress, announce, data)
 
-    def draw(samples: int) -> CalibrationSet:
+    def draw(samples: int, mixture: Mixture = mixture) -> CalibrationSet:
         length, seed, tokenizer = recipe.sequence_length, recipe.seed, load_tokenizer(folder)
         return build_calibration_set(mixture, tokenizer, samples=samples, sequence_length=length, seed=seed, data=data)
 
@@ -239,13 +241,20 @@ def derive_recipe(
     calibration, recovery = draw(recipe.samples), None
     if recipe.recover:
         try:
-            recovery = draw(recipe.recover // recipe.sequence_length)
+            recovery = draw(recipe.recover // recipe.sequence_length, learnt)
         except CorpusError as error:
             raise CorpusError(f"{error} (--recover counts as samples here: give it less)") from None
         sized = tuple(one.model_copy(update={"recover": recovery.token_ids.size}) for one in sized)
     texts = Texts(calibration, recovery)
     best = best_way(base, recipe, sized, texts, execution, advise=not finds_tokens)
     return _carry_out(base, best, texts, execution)
+
+
+def _other_domains(calibration: CalibrationSet, recovery: CalibrationSet | None) -> list[str]:
+    """Return the domains of the text that is learnt from, where they are not those of the calibration set."""
+    if recovery is None or recovery.mixture == calibration.mixture:
+        return []
+    return domain_items(recovery.mixture)
 
 
 def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> SubModel:

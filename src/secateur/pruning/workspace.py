@@ -32,7 +32,7 @@ from secateur.errors import CheckpointError, ConfigError, OutputError
 from secateur.files import atomic_write_bytes, disk_is_full, make_parents, remove_empty
 
 # Options that recipes did not have at first, and what was done then.
-_LATER_OPTIONS = {
+_LATER_OPTIONS: dict[str, Any] = {
     "values": "base",
     "group_size": None,
     "embedding_values": "int8",
@@ -40,6 +40,7 @@ _LATER_OPTIONS = {
     "trim_vocabulary": False,
     "vocabulary": None,
     "recover": 0,
+    "recover_for": [],
     "correction": 0.5,
     "first_token_weight": 1.0,
 }

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from secateur.errors import CorpusError, UnknownNameError
-from secateur.evaluation.programs.benchmarks import BENCHMARKS, multipl_e
+from secateur.evaluation.programs.benchmarks import BENCHMARKS, mbpp, multipl_e
 from secateur.evaluation.programs.checking import check
 from secateur.evaluation.programs.languages import toolchain
 from secateur.evaluation.programs.loading import load_benchmark
@@ -138,3 +138,21 @@ def test_a_hub_that_gives_nothing_is_told(data, monkeypatch):
     monkeypatch.setattr("secateur.evaluation.programs.loading.find_spec", lambda _: None)
     with pytest.raises(CorpusError, match="pip install 'secateur"):
         load_benchmark("mbpp", data)
+
+
+def test_a_chat_model_writes_all_of_a_program_of_mbpp(sandbox):
+    record = {
+        "task_id": 11, "text": "Write a function to halve.",
+        "test_list": ["assert half(4) == 2", "assert half(2) == 1"],
+        "test_setup_code": "", "code": "def half(x):\r\n  return x / 2",
+    }  # fmt: skip
+    (problem,) = mbpp([record])
+    assert problem.question() == (
+        "Write a function to halve.\nThese tests have to pass:\n\n```python\nassert half(4) == 2\nassert half(2) == 1\n"
+        "```\n\nReply with the whole code in one code block."
+    )
+    assert problem.reply() == "```python\n"
+    answer = problem.cut("def half(x):\n    return x / 2\n\nassert half(4) == 2\n```\nIt halves.")
+    assert answer == "def half(x):\n    return x / 2\n"
+    assert check(problem.program(answer), toolchain("python"), sandbox, scale=2).passed
+    assert not check(problem.program(""), toolchain("python"), sandbox, scale=2).passed

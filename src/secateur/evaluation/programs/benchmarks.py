@@ -59,7 +59,11 @@ def humaneval(records: list[dict[str, Any]]) -> Iterator[Problem]:
 
 
 def mbpp(records: list[dict[str, Any]]) -> Iterator[Problem]:
-    """Austin et al. 2021: a sentence and three asserts, as a docstring that the program follows."""
+    """Austin et al. 2021: a sentence and three asserts, as a docstring that the program follows.
+
+    A chat model is not asked to complete a docstring, which is complete: models that repeat what they are given would
+    end the answer behind it.
+    """
     for one in records:
         if one["task_id"] not in _MBPP_TEST:
             continue
@@ -69,7 +73,13 @@ def mbpp(records: list[dict[str, Any]]) -> Iterator[Problem]:
         solution = one["code"].replace("\r\n", "\n")
         called = tuple(name for name in re.findall(r"^def (\w+)", solution, re.MULTILINE) if name in tests)
         checks = f"{setup}\n{tests}\n"
-        yield Problem(f"MBPP/{one['task_id']}", "python", prompt, _MBPP_STOP, checks, solution, called=called)
+        task = (
+            f"{one['text'].strip()}\nThese tests have to pass:\n\n```python\n{tests}\n```\n\n"
+            "Reply with the whole code in one code block."
+        )
+        yield Problem(
+            f"MBPP/{one['task_id']}", "python", prompt, _MBPP_STOP, checks, solution, called=called, task=task
+        )
 
 
 def multipl_e(language: Language) -> Callable[[list[dict[str, Any]]], Iterator[Problem]]:

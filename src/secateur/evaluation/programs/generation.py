@@ -15,7 +15,7 @@ from secateur.runtime.loaded import LoadedModel
 from secateur.runtime.options import GenerationOptions
 from secateur.runtime.text import encode_prompt
 
-PROMPTS = "2"  # counts up when what models are asked changes
+PROMPTS = "3"  # counts up when what models are asked changes
 Style = Literal["auto", "plain", "chat"]
 
 
@@ -27,7 +27,7 @@ class Asking:
     ----------
     style
         `plain` lets it go on from the problem's own text; `chat` asks in the model's chat template and begins the reply
-        with that text, in a code block; `auto` is `chat` where the model has a template.
+        with a code block and that text (with MBPP the block alone); `auto` is `chat` where the model has a template.
     samples
         Answers to each problem; refuses numbers that cannot be used, as `GenerationOptions` does, with `ConfigError`.
     temperature

@@ -29,6 +29,9 @@ class Problem:
         Whether the answer is the program, without the prompt.
     main_class, called
         As in `Program`.
+    task
+        What a chat model is asked where the prompt is no beginning of a program that it could complete: its reply then
+        begins with nothing but a code block.
     """
 
     task_id: str
@@ -40,6 +43,7 @@ class Problem:
     answer_is_whole: bool = False
     main_class: str = "Problem"
     called: tuple[str, ...] = ()
+    task: str = ""
 
     def program(self, completion: str) -> Program:
         """Return the program that an answer makes."""
@@ -48,6 +52,8 @@ class Problem:
 
     def question(self) -> str:
         """Return what a chat model is asked; its reply is begun with `reply`."""
+        if self.task:
+            return self.task
         name = _NAMES[self.language]
         return (
             f"Complete the following {name} code. Reply with the whole code in one code block.\n\n"
@@ -56,7 +62,7 @@ class Problem:
 
     def reply(self) -> str:
         """Return the beginning of a chat model's reply, which it goes on from as others do from the prompt."""
-        return f"```{_FENCES[self.language]}\n{self.prompt}"
+        return f"```{_FENCES[self.language]}\n{'' if self.task else self.prompt}"
 
     def cut(self, completion: str) -> str:
         """Return an answer up to the first string at which it ends."""
