@@ -8,8 +8,8 @@ Each model is measured by `secateur evaluate` on each task, with as many problem
 programs run in the sandbox. OUT keeps answers, and an interrupted measurement goes on there. `--kept` gets a small file
 for each model, NAME.json, with what came of every problem: so a model can be added to a table months later, and every
 interval can be computed again. A model whose file is there is not measured again, and needs no folder behind its name.
-Prints the matrix, and the difference of each model from the parent with p-values corrected for all of them (Holm), and
-says where models were not measured alike.
+Prints the matrix, and the difference of each model from the parent, or from another with `--against NAME`, with
+p-values corrected for all of them (Holm), and says where models were not measured alike.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def compared(options, models):
     for row in zip(*columns, strict=True):
         if len({cell.text_sha256 for cell in row}) > 1:
             raise SystemExit(f"{row[0].task}: models were asked different problems")
-    return compare_all(records, columns, PARENT)
+    return compare_all(records, columns, options.against)
 
 
 def tell_differences(options, models):
@@ -184,6 +184,7 @@ def main():
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--kept", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--against", default=PARENT, help="the model that the others are compared with")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--data", type=Path)
@@ -191,17 +192,17 @@ def main():
     options.kept.mkdir(parents=True, exist_ok=True)
     named = dict(one.partition("=")[::2] for one in options.models)
     models = [measured(options, name, path) for name, path in named.items()]
-    if PARENT not in named:
+    if options.against not in named:
         return
     columns = compared(options, models)
     tell_differences(options, models)
     table(options, models, "task", value, columns)
     others = (
-        [one for one in models if one["name"] != PARENT],
-        [c for c, one in zip(columns, models, strict=True) if one["name"] != PARENT],
+        [one for one in models if one["name"] != options.against],
+        [c for c, one in zip(columns, models, strict=True) if one["name"] != options.against],
     )
-    table(options, others[0], "difference from the parent, points or perplexity", difference, others[1])
-    table(options, others[0], "share of the parent's that is kept", kept_share, others[1])
+    table(options, others[0], f"difference from {options.against}, points or perplexity", difference, others[1])
+    table(options, others[0], f"share of what {options.against} has", kept_share, others[1])
 
 
 if __name__ == "__main__":
