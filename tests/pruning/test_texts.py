@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from secateur.calibration.benchmark_runs import Overlap
+from secateur.checkpoint.card import model_card
 from secateur.checkpoint.format import CARD, MANIFEST, read_json
 from tests.pruning.tiny_derivation import calibration, derive_tiny
 from tests.tiny import save_tiny
@@ -26,3 +27,17 @@ def test_what_it_shares_with_benchmarks(tmp_path: Path, held: int) -> None:
     assert row.endswith(f"calibration: humaneval 3, 0 of 164, mbpp 9, {held} of 500 |")
     warned = [line for line in said if "holds" in line]
     assert warned == [] if not held else "calibration holds 2 of the 500 problems of mbpp" in warned[0]
+
+
+def test_a_folder_of_a_time_when_nobody_looked_is_the_same(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "llama")
+    derive_tiny(base, tmp_path / "sub", recovery=calibration(samples=12))
+    manifest = read_json(tmp_path / "sub" / MANIFEST)
+    for text in ("calibration", "recovery"):
+        del manifest[text]["benchmarks"]
+    del manifest["recipe"]["recover_for"]
+    (tmp_path / "sub" / MANIFEST).write_text(json.dumps(manifest))
+    text = replace(calibration(), benchmarks=SOME)
+    again = derive_tiny(base, tmp_path / "sub", calibration=text, recovery=calibration(samples=12), resume=True)
+    assert again.log == {}
+    assert "| benchmarks" not in model_card(manifest)

@@ -250,5 +250,6 @@ def _completed(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decisive(value: Any) -> Any:
-    """Leave out what the base model was called: the hashes of its files tell which one it is."""
-    return {k: v for k, v in value.items() if k not in ("model", "name")} if isinstance(value, dict) else value
+    """Leave out what hashes beside it decide: what the base model was called, and what a text has of benchmarks."""
+    implied = ("model", "name", "benchmarks")
+    return {k: v for k, v in value.items() if k not in implied} if isinstance(value, dict) else value
