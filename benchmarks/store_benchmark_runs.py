@@ -2,7 +2,7 @@
 
     python benchmarks/store_benchmark_runs.py --data DATA
 
-A problem's text is its prompt and, where it has one, its own solution; checks are left out. The data folder holds the
+Of a problem its prompt and, where it has one, its own solution; checks are left out. The data folder holds the
 benchmarks as they are published (docs/evaluation.md).
 """
 
@@ -22,7 +22,7 @@ def main():
     benchmarks = {}
     for task in TASKS:
         loaded = load_benchmark(task, options.data)
-        benchmarks[task] = [one.prompt + (one.solution or "") for one in loaded.problems.values()]
+        benchmarks[task] = [(one.prompt, one.solution or "") for one in loaded.problems.values()]
         print(f"{task}: {len(benchmarks[task])} problems, SHA-256 of the file {loaded.sha256}")
     path = Path(benchmark_runs.__file__).with_name("benchmark_runs.safetensors")
     benchmark_runs.write_runs(path, benchmarks)

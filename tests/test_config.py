@@ -59,6 +59,14 @@ def test_text_to_learn_from_is_of_a_recovery():
         make_recipe({**given, "recover_for": ["java"], "keep_quality": 0.9})
 
 
+def test_flags_win_over_the_text_of_a_recovery(recipe_file):
+    file = recipe_file("for: python\nrecover: 1024\nrecover_for: [java]\n")
+    assert make_recipe({}, file).recover_for == ("java",)
+    assert make_recipe({"recover": 0}, file).recover_for == ()
+    assert make_recipe({"keep_quality": 0.9}, file).recover_for == ()
+    assert make_recipe({"recover_for": ["cpp"]}, file).recover_for == ("cpp",)
+
+
 def test_a_recipe_is_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         make_recipe({"for": "python"}).sparsity = 0.1

@@ -220,6 +220,8 @@ def make_recipe(options: Mapping[str, Any], file: Path | None = None) -> Recipe:
         merged = {key: value for key, value in merged.items() if key not in _ONE_OF_THESE}
     if merged.get("eight_bits") and _asks_for_other_bits(given):
         del merged["eight_bits"]  # they fill what the file's own sparsity and values have left
+    if given.get("recover") == 0 or "keep_quality" in given:
+        merged.pop("recover_for", None)  # of the file's own recovery, which there is none of now, or no other text for
     presets = {**_preset(merged), **_preset(given)}
     is_named = "budget" in given or ("budget" in merged and "budget" not in _preset(given))
     merged = {**_preset(merged), **merged, **_preset(given), **given}

@@ -9,14 +9,17 @@ from secateur.calibration.packing import build_calibration_set
 from secateur.evaluation.programs.loading import load_benchmark
 from tests.calibration.texts import byte_tokenizer, write_data
 
-FUNCTION = "def middle(a, b):\n    return (a + b) / 2\n"  # 16 words and signs: 4 runs
+FUNCTION = "def middle(a, b):\n    return (a + b) / 2 + 0 * a\n"  # 20 words and signs: 8 runs
+QUESTION = " ".join(f"word{number}" for number in range(40))  # 28 runs
 
 
 @pytest.fixture
 def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two benchmarks of our own instead of those that are stored."""
-    other = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-    write_runs(tmp_path / "runs.safetensors", {"pairs": [FUNCTION, other], "single": [other]})
+    few = "a part of thirteen words and signs , which may stand in any program"
+    write_runs(
+        tmp_path / "runs.safetensors", {"pairs": [(QUESTION, FUNCTION), (few, "")], "single": [(QUESTION, "return 1")]}
+    )
     monkeypatch.setattr(benchmark_runs, "_STORED", tmp_path / "runs.safetensors")
     benchmark_runs._stored.cache_clear()
     yield
@@ -33,21 +36,30 @@ def test_runs_are_of_words_and_signs() -> None:
     both = ["if ( a_1 > 2 . 5 ) : return ' x y", "( a_1 > 2 . 5 ) : return ' x y '"]
     assert list(runs("if (a_1 > 2.5):\n  return 'x y'")) == both
     assert not list(runs("twelve words and signs are not enough, as there is no run"[:-4]))
-    assert hash_runs([FUNCTION, FUNCTION]).size == 4
+    assert hash_runs([FUNCTION, FUNCTION]).size == 8
 
 
 def test_what_a_text_has_of_each_problem(made_up: None) -> None:
-    assert count_overlaps(["nothing of them"]) == {"pairs": Overlap(2, 0, 0), "single": Overlap(1, 0, 0)}
-    assert count_overlaps([FUNCTION.replace("/ 2", "/ 3")])["pairs"] == Overlap(2, 1, 1)  # 3 of 4 runs
-    assert count_overlaps([FUNCTION.replace("b) / 2", "b - 2")])["pairs"] == Overlap(2, 1, 0)  # 1 of 4
-    numbers = ["one two three four five six seven", "eight nine ten eleven twelve thirteen fourteen"]
-    assert count_overlaps(numbers)["single"] == Overlap(1, 0, 0)  # a run is in one text, not across two
-    assert count_overlaps([" ".join(numbers)]) == {"pairs": Overlap(2, 1, 1), "single": Overlap(1, 1, 1)}
+    nothing = {"pairs": Overlap(2, 0, 0), "single": Overlap(1, 0, 0)}
+    assert count_overlaps(["nothing of them"]) == nothing
+    solution = {"pairs": Overlap(2, 1, 1), "single": Overlap(1, 0, 0)}  # however long the question is
+    assert count_overlaps([FUNCTION]) == solution
+    assert count_overlaps([FUNCTION.replace("+ 0", "+ 1")]) == solution  # 5 of 8 runs
+    assert count_overlaps([FUNCTION.replace("/ 2", "/ 3")])["pairs"] == Overlap(2, 1, 0)  # 3 of 8
+    assert count_overlaps([QUESTION]) == {"pairs": Overlap(2, 1, 1), "single": Overlap(1, 1, 1)}
+    first, second = QUESTION[: len(QUESTION) // 2], QUESTION[len(QUESTION) // 2 :]
+    assert count_overlaps([first])["single"] == Overlap(1, 1, 0)
+    words = QUESTION.split()
+    assert (
+        count_overlaps([" ".join(words[start : start + 12]) for start in range(29)]) == nothing
+    )  # a run is in one text
+    assert count_overlaps([first + second])["single"].held == 1
+    assert count_overlaps(["a part of thirteen words and signs , which may stand in any program"])["pairs"].held == 0
 
 
 def test_a_problem_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="empty"):
-        write_runs(tmp_path / "runs.safetensors", {"empty": [FUNCTION, "too short"]})
+        write_runs(tmp_path / "runs.safetensors", {"empty": [("", FUNCTION), ("too short", "pass")]})
     assert not list(tmp_path.iterdir())
 
 
@@ -59,6 +71,8 @@ def test_the_stored_runs_are_those_of_the_benchmarks(humaneval: list[str]) -> No
         "humaneval": 164, "mbpp": 500, "multipl-e:cpp": 161, "multipl-e:java": 158, "multipl-e:javascript": 161,
     }  # fmt: skip
     assert count_overlaps(humaneval[:3])["humaneval"].held == 3
+    solutions = [one.solution or "" for one in load_benchmark("humaneval", None).problems.values()]
+    assert 120 < count_overlaps(solutions)["humaneval"].held <= 164
     half = [text[: len(text) // 3] for text in humaneval[:20]]
     assert count_overlaps(half)["humaneval"].held < 20 <= count_overlaps(half)["humaneval"].touched
 

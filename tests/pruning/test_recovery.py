@@ -296,11 +296,12 @@ def test_other_text_to_learn_from(base, tmp_path):
         "recover": 96,
     }
     learnt = {}
-    for name, others in (("same", []), ("java", ["java"]), ("both", ["java=0.5", "python=0.5"])):
+    for name, others in (("same", ["python"]), ("java", ["java"]), ("both", ["java=0.5", "python=0.5"])):
         options = {"output": tmp_path / name, "data": tmp_path / "data", "threads": 1}
         derive_recipe(make_recipe({**recipe, "recover": 96, "recover_for": others}), **options)
         manifest = read_json(tmp_path / name / MANIFEST)
-        assert manifest["recipe"]["recover_for"] == others
+        assert manifest["recipe"]["recover_for"] == (others if name != "same" else [])
+        assert ("of java" in inspect(tmp_path / name).describe()) == (name != "same")
         assert [one["domain"] for one in manifest["calibration"]["provenance"]] == ["python"]
         learnt[name] = [one["domain"] for one in manifest["recovery"]["provenance"]]
     assert learnt == {"same": ["python"], "java": ["java"], "both": ["java", "python"]}

@@ -19,14 +19,20 @@ SOME = {"humaneval": Overlap(164, 3, 0), "mbpp": Overlap(500, 9, 0)}
 def test_what_it_shares_with_benchmarks(tmp_path: Path, held: int) -> None:
     base, said = save_tiny(tmp_path / "base", "llama"), []
     text = replace(calibration(), benchmarks={**SOME, "mbpp": Overlap(500, 9, held)})
-    derive_tiny(base, tmp_path / "sub", calibration=text, announce=said.append)
+    learnt = replace(calibration(samples=12), benchmarks={"mbpp": Overlap(500, 7, held // 2)})
+    derive_tiny(base, tmp_path / "sub", calibration=text, recovery=learnt, announce=said.append)
     recorded = read_json(tmp_path / "sub" / MANIFEST)["calibration"]["benchmarks"]
     assert json.dumps(recorded["mbpp"]) == f'{{"problems": 500, "touched": 9, "held": {held}}}'
     assert recorded["humaneval"] == {"problems": 164, "touched": 3, "held": 0}
     row = next(line for line in (tmp_path / "sub" / CARD).read_text().splitlines() if line.startswith("| benchmarks"))
-    assert row.endswith(f"calibration: humaneval 3, 0 of 164, mbpp 9, {held} of 500 |")
+    assert row.endswith(
+        f"calibration: humaneval 3, 0 of 164, mbpp 9, {held} of 500; recovery: mbpp 7, {held // 2} of 500 |"
+    )
+    assert read_json(tmp_path / "sub" / MANIFEST)["recovery"]["benchmarks"]["mbpp"]["touched"] == 7
     warned = [line for line in said if "holds" in line]
-    assert warned == [] if not held else "calibration holds 2 of the 500 problems of mbpp" in warned[0]
+    assert len(warned) == held
+    assert not held or "calibration holds 2 of the 500 problems of mbpp" in warned[0]
+    assert not held or "recovery holds 1 of the 500 problems of mbpp" in warned[1]
 
 
 def test_a_folder_of_a_time_when_nobody_looked_is_the_same(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ _TRIMMED = (
 )
 _FEWER = "\n| vocabulary | {tokens:,} of {of:,} tokens{more}: text that had others is split into more |"
 _RECOVERED = (
-    "\n| recovery | learnt the parent's probabilities on {samples} x {sequence_length} tokens, SHA-256 `{sha256}` |"
+    "\n| recovery | learnt the parent's probabilities on {samples} x {sequence_length} tokens, SHA-256 `{sha256}`, "
+    "from {sources} |"
 )
 _SHARED = "problems of which the text has a run of 13 words, and of which it has at least half"
 _UNTOUCHED, _ROUNDED = "embeddings and head are those of the parent", "embedding and head are the parent's in {values}"
@@ -56,7 +57,6 @@ _SCALED = "norms are the parent's, with some methods but for powers of two that 
 def model_card(manifest: Mapping[str, Any]) -> str:
     """Return the card's Markdown; the same manifest gives the same text."""
     recipe, calibration = manifest["recipe"], manifest["calibration"]
-    sources = "; ".join(f"{one['source']} {one['version']} ({one['licence']})" for one in calibration["provenance"])
     groups = recipe.get("group_size")
     outside = _ROUNDED.format(values=recipe.get("embedding_values", "int8")) if groups else _UNTOUCHED
     return _TEMPLATE.format(
@@ -76,10 +76,18 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         sequence_length=recipe["sequence_length"],
         seed=recipe["seed"],
         calibration_hash=calibration["sha256"],
-        recovery=_RECOVERED.format(**manifest["recovery"]) if "recovery" in manifest else "",
+        recovery=_describe_recovery(manifest.get("recovery")),
         benchmarks=_describe_benchmarks(manifest),
-        sources=sources,
+        sources=_sources(calibration),
     )
+
+
+def _sources(text: Mapping[str, Any]) -> str:
+    return "; ".join(f"{one['source']} {one['version']} ({one['licence']})" for one in text["provenance"])
+
+
+def _describe_recovery(text: Mapping[str, Any] | None) -> str:
+    return "" if text is None else _RECOVERED.format(**text, sources=_sources(text))
 
 
 def _describe_benchmarks(manifest: Mapping[str, Any]) -> str:

@@ -123,8 +123,10 @@ class Inspection:
         text = self.manifest.get("recovery")
         if not isinstance(text, dict):
             return []
+        others = self.manifest.get("recipe", {}).get("recover_for")
         return [
-            f"recovery       learnt from {text.get('samples')} x {text.get('sequence_length')} tokens, "
+            f"recovery       learnt from {text.get('samples')} x {text.get('sequence_length')} tokens"
+            f"{' of ' + ', '.join(map(str, others)) if isinstance(others, list) and others else ''}, "
             f"SHA-256 {str(text.get('sha256'))[:16]}..."
         ]
 

@@ -141,7 +141,8 @@ def derive(
     progress
         Called with (stage, done, total).
     announce
-        Called with one line on the memory and disk that will be needed, before work begins.
+        Called with lines on what the text has of benchmarks, and on the memory, disk and time that will be needed,
+        before work begins.
 
     Returns
     -------
@@ -183,6 +184,7 @@ def derive(
     execution = Execution(output, device, threads, resume, progress, announce, None if data is None else Path(data))
     base = Base.open(folder)
     texts = Texts(calibration, recovery)
+    texts.warn(execution.say)
     return _carry_out(base, best_way(base, recipe, sized_recipes(base, recipe), texts, execution), texts, execution)
 
 
@@ -206,6 +208,8 @@ def derive_recipe(
     BUDGETS.get(recipe.budget)
     mixture = parse_mixture(recipe.domains)
     learnt = parse_mixture(recipe.recover_for) if recipe.recover_for else mixture
+    if dict(learnt) == dict(mixture):
+        recipe = recipe.model_copy(update={"recover_for": ()})
     if 0 < recipe.recover < recipe.sequence_length:
         raise ConfigError(
             f"recovery from {recipe.recover} tokens is less than one sequence of {recipe.sequence_length}: "
@@ -246,13 +250,14 @@ def derive_recipe(
             raise CorpusError(f"{error} (--recover counts as samples here: give it less)") from None
         sized = tuple(one.model_copy(update={"recover": recovery.token_ids.size}) for one in sized)
     texts = Texts(calibration, recovery)
+    texts.warn(execution.say)
     best = best_way(base, recipe, sized, texts, execution, advise=not finds_tokens)
     return _carry_out(base, best, texts, execution)
 
 
 def _other_domains(calibration: CalibrationSet, recovery: CalibrationSet | None) -> list[str]:
     """Return the domains of the text that is learnt from, where they are not those of the calibration set."""
-    if recovery is None or recovery.mixture == calibration.mixture:
+    if recovery is None or dict(recovery.mixture) == dict(calibration.mixture):
         return []
     return domain_items(recovery.mixture)
 
@@ -260,9 +265,6 @@ def _other_domains(calibration: CalibrationSet, recovery: CalibrationSet | None)
 def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -> SubModel:
     """Derive once, or as often as a quality that is to be kept asks for."""
     output, quality = execution.target, recipe.keep_quality
-    say = execution.announce or (lambda _: None)
-    for warning in texts.warnings():
-        say(warning)
     if quality is None:
         return _derive(base, recipe, texts, execution)
     if execution.resume and os.path.lexists(output):
@@ -287,7 +289,7 @@ def _carry_out(base: Base, recipe: Recipe, texts: Texts, execution: Execution) -
 
     with open_trials(output, asked, resume=execution.resume) as trials:
         with limited_threads(threads):
-            footprint = Footprint.of(base, base.stored_names())
+            footprint, say = Footprint.of(base, base.stored_names()), execution.say
             search = Search(trials, recipe, quality=quality, judge=judge, footprint=footprint, derive=one, say=say)
             best = search.run()
         log = trials.publish(best)

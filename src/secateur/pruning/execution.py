@@ -23,6 +23,11 @@ class Execution:
     announce: Callable[[str], None] | None
     data: Path | None
 
+    def say(self, line: str) -> None:
+        """Announce a line, if anybody listens."""
+        if self.announce is not None:
+            self.announce(line)
+
     @property
     def target(self) -> Path:
         """The output folder, without what a path may say twice."""

@@ -1,6 +1,6 @@
 """The texts that a sub-model is derived from, and whether a model can take them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,12 +36,12 @@ class Texts:
         texts = {"calibration": self.calibration, "recovery": self.recovery}
         return {name: _described(text) for name, text in texts.items() if text is not None}
 
-    def warnings(self) -> Iterator[str]:
-        """Yield a sentence for each benchmark that a text holds problems of."""
+    def warn(self, say: Callable[[str], None]) -> None:
+        """Say a sentence for each benchmark that a text holds problems of."""
         for what, text in (("calibration", self.calibration), ("recovery", self.recovery)):
             for name, overlap in text.benchmarks.items() if text is not None else ():
                 if overlap.held:
-                    yield (
+                    say(
                         f"warning: the text for {what} holds {overlap.held} of the {overlap.problems} problems of "
                         f"{name}: what a sub-model of it solves there says little of other problems"
                     )
