@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.cli import main
+from tests.calibration.texts import write_folder
 from tests.checkpoint.gguf_bases import save_base
 from tests.cli.running import Outcome, run, write_sources
 from tests.tiny import tiny_tokenizer
@@ -68,6 +69,7 @@ def test_derive_as_json_with_a_recipe_and_a_flag_that_wins(inputs, work, capsys)
         "trim_vocabulary": False,
         "vocabulary": None,
         "recover": 0,
+        "recover_for": [],
         "correction": 0.5,
         "first_token_weight": 100.0,
     }
@@ -82,7 +84,17 @@ def test_a_preset_and_recovery(inputs, work, capsys):
     result = json.loads(outcome.out)
     assert (result["recipe"]["method"], result["recipe"]["recover"]) == ("admm", 96)  # whole sequences
     assert (result["recovery"]["samples"], result["recovery"]["sequence_length"]) == (3, 32)
+    assert result["recipe"]["recover_for"] == []
     assert run(["inspect", "out", "--verify"], capsys).code == 0
+    other = write_folder(work / "other", [f"lines{number}.py" for number in range(8)])
+    options = ["--sequence-length", "32", "--recover", "64", "--recover-for", str(other), "-o", "learnt", "--json"]
+    outcome = run([*arguments, *options], capsys)
+    assert outcome.code == 0, outcome.err
+    learnt = json.loads(outcome.out)
+    assert learnt["recipe"]["recover_for"] == [str(other)]
+    assert [one["domain"] for one in learnt["recovery"]["provenance"]] != [
+        one["domain"] for one in learnt["calibration"]["provenance"]
+    ]
     outcome = run([*arguments, "--preset", "finest", "-o", "other"], capsys)
     assert outcome.code == 1
     assert "unknown preset 'finest': known are fast, balanced, best" in outcome.err
