@@ -242,17 +242,22 @@ def derive_recipe(
     base = Base.open(folder)
     sized = sized_recipes(base, recipe)
     check_length(base.model, recipe.sequence_length)
-    calibration, recovery = draw(recipe.samples), None
-    if recipe.recover:
-        try:
-            recovery = draw(recipe.recover // recipe.sequence_length, learnt)
-        except CorpusError as error:
-            raise CorpusError(f"{error} (--recover counts as samples here: give it less)") from None
-        sized = tuple(one.model_copy(update={"recover": recovery.token_ids.size}) for one in sized)
-    texts = Texts(calibration, recovery)
+    texts = Texts(draw(recipe.samples), _learnt(recipe, lambda samples: draw(samples, learnt)))
+    if texts.recovery is not None:
+        sized = tuple(one.model_copy(update={"recover": texts.recovery.token_ids.size}) for one in sized)
     texts.warn(execution.say)
     best = best_way(base, recipe, sized, texts, execution, advise=not finds_tokens)
     return _carry_out(base, best, texts, execution)
+
+
+def _learnt(recipe: Recipe, draw: Callable[[int], CalibrationSet]) -> CalibrationSet | None:
+    """Draw the text of a recovery, if there is one."""
+    if not recipe.recover:
+        return None
+    try:
+        return draw(recipe.recover // recipe.sequence_length)
+    except CorpusError as error:
+        raise CorpusError(f"{error} (--recover counts as samples here: give it less)") from None
 
 
 def _other_domains(calibration: CalibrationSet, recovery: CalibrationSet | None) -> list[str]:

@@ -57,10 +57,7 @@ def best_way(
         if not (execution.resume and os.path.lexists(execution.target)):
             check_output(execution.target, resume=execution.resume)
         found = cheapest(sized, lambda: measured(base, sized, texts, execution))
-    if execution.announce is not None:
-        execution.announce(
-            f"for {asked.target_size / 1e6:,.0f} MB: {_described(found)}{_advice(base, asked, found) * advise}"
-        )
+    execution.say(f"for {asked.target_size / 1e6:,.0f} MB: {_described(found)}{_advice(base, asked, found) * advise}")
     return found
 
 

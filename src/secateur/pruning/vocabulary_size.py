@@ -85,10 +85,9 @@ def fitting_vocabulary(
         found = {counts[-1]: ways(counts[-1].footprint, recipe)}  # which says what the least is
     prices = measured(base, [way for smaller in found.values() for way in smaller], texts, execution, stage="prices")
     best = cheapest_count(found, prices)
-    if execution.announce is not None:
-        rows = base.model.config.get_text_config(decoder=True).vocab_size
-        kept = "all" if best.tokens is None else f"{best.tokens:,} of"
-        execution.announce(f"keeps {kept} {rows:,} tokens, with which text is {best.longer:.2%} longer")
+    rows = base.model.config.get_text_config(decoder=True).vocab_size
+    kept = "all" if best.tokens is None else f"{best.tokens:,} of"
+    execution.say(f"keeps {kept} {rows:,} tokens, with which text is {best.longer:.2%} longer")
     return best.tokens
 
 
