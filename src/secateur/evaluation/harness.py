@@ -6,6 +6,7 @@ Names, text and the output path are checked for every model and task before the 
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,14 +112,25 @@ def evaluate(
         "threads": torch.get_num_threads(),
         **asked.settings(),
     }
+    return _carry_out(Measuring(plan, asked, None, device, threads, progress), settings, output)
+
+
+def _carry_out(measuring: Measuring, settings: dict[str, Any], output: Path | None) -> Evaluation:
+    """Measure all models and compare them; `settings` are all that results depend on beside models and tasks."""
+    plan, asked, versions = measuring.plan, measuring.asked, _versions()
     benchmarks = asked.benchmarks()
     hashes = {subject.name: _hashes(subject.folder) for subject in plan.subjects}
-    versions = _versions()
-    begun = {"models": hashes, "folders": places(plan), "settings": settings, "benchmarks": benchmarks}
-    begun |= {"asked_with": {one.name: _asked_with(one.folder) for one in plan.subjects}, "versions": versions}
+    begun = {
+        "models": hashes,
+        "folders": places(plan),
+        "settings": settings,
+        "benchmarks": benchmarks,
+        "asked_with": {one.name: _asked_with(one.folder) for one in plan.subjects},
+        "versions": versions,
+    }
     with _folder(output, begun, resumable=bool(benchmarks)) as folder:
-        measuring = Measuring(plan, asked, folder, device, threads, progress)
-        measured = [measuring.run(subject, hashes[subject.name]) for subject in plan.subjects]
+        carried = replace(measuring, folder=folder)
+        measured = [carried.run(subject, hashes[subject.name]) for subject in plan.subjects]
         records, columns = [record for record, _ in measured], [cells for _, cells in measured]
         if plan.against is not None:
             columns = compare_all(records, columns, plan.against)

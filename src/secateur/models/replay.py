@@ -5,7 +5,7 @@ real block is later called with its own recorded arguments (masks, rotary embedd
 nothing is rebuilt by hand.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -106,10 +106,7 @@ def record_inputs(  # noqa: PLR0917
 
         return record
 
-    originals = {block.name: model.get_submodule(block.name) for block in blocks}
-    for block in blocks:
-        model.set_submodule(block.name, _Hollow(originals[block.name], recorder(block.index)))
-    try:
+    with _hollowed(model, blocks, recorder):
         for start in range(0, token_ids.shape[0], batch_size):
             order.clear()
             model.get_decoder()(input_ids=token_ids[start : start + batch_size].to(device), use_cache=False)
@@ -117,25 +114,33 @@ def record_inputs(  # noqa: PLR0917
                 raise ModelError(
                     f"{type(model).__name__} does not run its blocks one after another (order {order}); not supported"
                 )
+    return inputs
+
+
+@contextmanager
+def _hollowed(
+    model: PreTrainedModel, blocks: Sequence[Block], recorder: Callable[[int], Callable[[Tensor, Call], None]]
+) -> Iterator[None]:
+    """While it is open blocks only tell what they receive, each to the recorder of its index."""
+    originals = {block.name: model.get_submodule(block.name) for block in blocks}
+    try:
+        for block in blocks:
+            model.set_submodule(block.name, _Hollow(originals[block.name], recorder(block.index)))
+        yield
     finally:
         for name, module in originals.items():
             model.set_submodule(name, module)
-    return inputs
 
 
 @contextmanager
 def starting_at(model: PreTrainedModel, blocks: tuple[Block, ...], index: int, hidden_states: Tensor) -> Iterator[None]:
     """While it is open the model's forward pass begins with block `index`, on [batch, sequence_length, hidden_size]."""
-    skipped = {block.name: model.get_submodule(block.name) for block in blocks[:index]}
     first = model.get_submodule(blocks[index].name)
     handle = first.register_forward_pre_hook(lambda _, arguments: (hidden_states, *arguments[1:]))
-    for name, module in skipped.items():
-        model.set_submodule(name, _Hollow(module, lambda *_: None))
     try:
-        yield
+        with _hollowed(model, blocks[:index], lambda _: lambda *_: None):
+            yield
     finally:
-        for name, module in skipped.items():
-            model.set_submodule(name, module)
         handle.remove()
 
 

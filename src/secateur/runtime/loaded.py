@@ -159,20 +159,12 @@ class LoadedModel:
 
         Pieces are whole characters and never empty. Takes and raises what `generate` does, before the first piece.
         """
-        from secateur.runtime import infill, text
         from secateur.runtime.options import make_options
 
         chosen = make_options({"max_new_tokens": max_new_tokens, "temperature": temperature, **options})
-        codec, limit = self.backend.codec, self.backend.max_positions
-        end_ids: frozenset[int] = frozenset()
-        if suffix is None:
-            prompt_ids = text.encode_prompt(prompt, codec, chosen.max_new_tokens, limit)
-        else:
-            request = infill.encode_infill(prompt, suffix, codec)
-            prompt_ids, end_ids = request.prompt_ids, request.end_ids
-            text.check_length(prompt_ids, chosen.max_new_tokens, limit)
+        (prompt_ids,), end_ids = self._encode([prompt], None if suffix is None else [suffix], chosen)
         token_ids = self.backend.generate(prompt_ids, chosen, end_ids=end_ids, cancelled=cancelled)
-        return text.cut_at_stop(text.decode_pieces(token_ids, codec, prompt_ids), chosen.stop)
+        return self._pieces(token_ids, prompt_ids, chosen)
 
     def generate_batch(
         self,
@@ -210,32 +202,46 @@ class LoadedModel:
         ResourceError
             When there is too little memory for so many texts.
         """
-        from secateur.runtime import infill, text
         from secateur.runtime.batch import check_batch
         from secateur.runtime.options import make_options
+        from secateur.runtime.text import join_in_turns
 
         chosen = make_options({"max_new_tokens": max_new_tokens, "temperature": temperature, **options})
         check_batch(prompts)
-        codec, limit = self.backend.codec, self.backend.max_positions
-        end_ids: frozenset[int] = frozenset()
-        if suffixes is None:
-            encoded = [text.encode_prompt(prompt, codec, chosen.max_new_tokens, limit) for prompt in prompts]
-        else:
-            if len(suffixes) != len(prompts):
-                raise ConfigError(f"there are {len(prompts)} prompts and {len(suffixes)} suffixes; give one for each")
-            pairs = zip(prompts, suffixes, strict=True)
-            requests = [infill.encode_infill(prompt, suffix, codec) for prompt, suffix in pairs]
-            encoded = [request.prompt_ids for request in requests]
-            end_ids = end_ids.union(*(request.end_ids for request in requests))
-            for prompt_ids in encoded:
-                text.check_length(prompt_ids, chosen.max_new_tokens, limit)
+        if suffixes is not None and len(suffixes) != len(prompts):
+            raise ConfigError(f"there are {len(prompts)} prompts and {len(suffixes)} suffixes; give one for each")
+        encoded, end_ids = self._encode(prompts, suffixes, chosen)
         # Nothing else holds the iterators over tokens: at its stop string a text closes its own, and leaves the batch.
         streams = [
-            text.cut_at_stop(text.decode_pieces(token_ids, codec, prompt_ids), chosen.stop)
+            self._pieces(token_ids, prompt_ids, chosen)
             for token_ids, prompt_ids in zip(
                 self.backend.generate_batch(encoded, chosen, end_ids=end_ids, cancelled=cancelled),
                 encoded,
                 strict=True,
             )
         ]
-        return text.join_in_turns(streams) if self.backend.together else ["".join(pieces) for pieces in streams]
+        return join_in_turns(streams) if self.backend.together else ["".join(pieces) for pieces in streams]
+
+    def _encode(
+        self, prompts: Sequence[str], suffixes: Sequence[str] | None, options: "GenerationOptions"
+    ) -> tuple[list[list[int]], frozenset[int]]:
+        """Return the token ids that each prompt is to the model, and those that end an answer beside the usual ones."""
+        from secateur.runtime import infill, text
+
+        codec, limit = self.backend.codec, self.backend.max_positions
+        if suffixes is None:
+            return [text.encode_prompt(prompt, codec, options.max_new_tokens, limit) for prompt in prompts], frozenset()
+        pairs = zip(prompts, suffixes, strict=True)
+        requests = [infill.encode_infill(prompt, suffix, codec) for prompt, suffix in pairs]
+        for request in requests:
+            text.check_length(request.prompt_ids, options.max_new_tokens, limit)
+        end_ids = frozenset[int]().union(*(request.end_ids for request in requests))
+        return [request.prompt_ids for request in requests], end_ids
+
+    def _pieces(
+        self, token_ids: Iterator[int], prompt_ids: Sequence[int], options: "GenerationOptions"
+    ) -> Iterator[str]:
+        """Return an iterator over the text of new tokens, up to a stop string."""
+        from secateur.runtime import text
+
+        return text.cut_at_stop(text.decode_pieces(token_ids, self.backend.codec, prompt_ids), options.stop)
