@@ -1,21 +1,44 @@
 """Which runs of 13 words and signs a calibration set has in common with benchmarks of programs.
 
     python benchmarks/text_overlap.py MODEL --for DOMAIN ... [--samples 128] [--tasks humaneval mbpp]
-        [--recover TOKENS] [--recover-for DOMAIN ...]
+        [--recover TOKENS] [--recover-for DOMAIN ...] [--outcomes PARENT.json SUB.json]
 
 `secateur derive` records how many problems have such runs; this also prints the runs, with how many problems have
 each, to be judged by a reader. Draws the text as `derive` does with the same options (and what `--recover` would learn
 from). A problem's text is its prompt and, where it has one, the benchmark's own solution.
+With `--outcomes`, files that `capability_matrix.py` keeps, it tells what the sub-model kept of the problems that have
+such a run or a function of the same name as one in the text, and of all others.
 """
 
 import argparse
+import re
 from collections import Counter
 from pathlib import Path
 
 import secateur
 from secateur.calibration.benchmark_runs import count_overlaps, runs
+from secateur.checkpoint.format import read_json
 from secateur.evaluation.programs.loading import load_benchmark
+from secateur.evaluation.proportions import paired
 from secateur.models.source import load_tokenizer, resolve_model
+
+DEFINED = re.compile(r"\bdef (\w+)\(")
+
+
+def tell_kept(files, task, problems, alike):
+    """Print what a sub-model kept of the problems that are like its text, and of the others."""
+    outcomes = [
+        next(one["result"]["values"] for name, one in read_json(file)["tasks"].items() if name.startswith(f"{task}:"))
+        for file in files
+    ]
+    asked = [name for name in outcomes[0] if name in outcomes[1]]
+    for title, chosen in (("like the text", alike), ("all others", set(problems) - alike)):
+        parent, submodel = ([values[name] for name in asked if name in chosen] for values in outcomes)
+        if not parent:
+            continue
+        kept = paired(submodel, parent).kept
+        share = "" if kept is None else f", {kept.value:.2f} ({kept.low:.2f} to {kept.high:.2f})"
+        print(f"  {title}: {len(parent)} problems, parent {sum(parent):g}, sub-model {sum(submodel):g}{share}")
 
 
 def main():
@@ -28,6 +51,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", nargs="+", default=["humaneval", "mbpp"])
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--outcomes", nargs=2, type=Path, metavar=("PARENT.json", "SUB.json"))
     options = parser.parse_args()
     tokenizer, texts = load_tokenizer(resolve_model(options.model)), []
     for domains, samples in (
@@ -38,12 +62,18 @@ def main():
             drawn = secateur.calibrate(domains, tokenizer, samples=samples, data=options.data, seed=options.seed)
             texts += [tokenizer.decode(row) for row in drawn.token_ids.tolist()]
     seen, counted = {run for text in texts for run in runs(text)}, count_overlaps(texts)
+    named = {name for text in texts for name in DEFINED.findall(text)}
     for task in options.tasks:
         print(f"{task}: {counted.get(task, 'its runs are not stored')}")
-        problems = load_benchmark(task, options.data).problems.values()
-        found = Counter(run for one in problems for run in seen & set(runs(one.prompt + (one.solution or ""))))
-        for run, number in found.most_common():
+        problems = load_benchmark(task, options.data).problems
+        whole = {name: one.prompt + (one.solution or "") for name, one in problems.items()}
+        shared = {name: seen & set(runs(text)) for name, text in whole.items()}
+        for run, number in Counter(run for some in shared.values() for run in some).most_common():
             print(f"  {number} problems: {run}")
+        same_name = {name for name, text in whole.items() if named & set(DEFINED.findall(text))}
+        print(f"  {len(same_name)} problems with a function that is called like one of the text")
+        if options.outcomes:
+            tell_kept(options.outcomes, task, problems, same_name | {name for name, some in shared.items() if some})
 
 
 if __name__ == "__main__":
