@@ -25,12 +25,17 @@ from secateur.models.source import load_tokenizer, resolve_model
 DEFINED = re.compile(r"\bdef (\w+)\(")
 
 
+def most_values(file, task):
+    """Return {problem: solved} of the measurement that asked most problems of a task."""
+    kept = [one["result"]["values"] for name, one in read_json(file)["tasks"].items() if name.startswith(f"{task}:")]
+    if not kept:
+        raise SystemExit(f"{file} has no {task}")
+    return max(kept, key=len)
+
+
 def tell_kept(files, task, problems, alike):
     """Print what a sub-model kept of the problems that are like its text, and of the others."""
-    outcomes = [
-        next(one["result"]["values"] for name, one in read_json(file)["tasks"].items() if name.startswith(f"{task}:"))
-        for file in files
-    ]
+    outcomes = [most_values(file, task) for file in files]
     asked = [name for name in outcomes[0] if name in outcomes[1]]
     for title, chosen in (("like the text", alike), ("all others", set(problems) - alike)):
         parent, submodel = ([values[name] for name in asked if name in chosen] for values in outcomes)
