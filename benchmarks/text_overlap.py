@@ -25,20 +25,30 @@ from secateur.models.source import load_tokenizer, resolve_model
 DEFINED = re.compile(r"\bdef (\w+)\(")
 
 
-def most_values(file, task):
-    """Return {problem: solved} of the measurement that asked most problems of a task."""
-    kept = [one["result"]["values"] for name, one in read_json(file)["tasks"].items() if name.startswith(f"{task}:")]
+def solved(file, task):
+    """Return the hash of what was asked and {problem: solved}, of the measurement that asked most of a task."""
+    kept = [one for name, one in read_json(file)["tasks"].items() if name.startswith(f"{task}:")]
     if not kept:
         raise SystemExit(f"{file} has no {task}")
-    return max(kept, key=len)
+    most = max(kept, key=lambda one: len(one["result"]["values"]))
+    return most["text_sha256"], most["result"]["values"]
 
 
-def tell_kept(files, task, problems, alike):
+def outcomes_of(files, tasks):
+    """Return for each task {problem: solved} of the parent and of the sub-model."""
+    outcomes = {}
+    for task in tasks:
+        (parent_hash, parent), (hashed, submodel) = (solved(file, task) for file in files)
+        if parent_hash != hashed or parent.keys() != submodel.keys():
+            raise SystemExit(f"{task}: the models of {files[0]} and {files[1]} were asked different problems")
+        outcomes[task] = parent, submodel
+    return outcomes
+
+
+def tell_kept(outcomes, alike):
     """Print what a sub-model kept of the problems that are like its text, and of the others."""
-    outcomes = [most_values(file, task) for file in files]
-    asked = [name for name in outcomes[0] if name in outcomes[1]]
-    for title, chosen in (("like the text", alike), ("all others", set(problems) - alike)):
-        parent, submodel = ([values[name] for name in asked if name in chosen] for values in outcomes)
+    for title, chosen in (("like the text", alike), ("all others", outcomes[0].keys() - alike)):
+        parent, submodel = ([values[name] for name in outcomes[0] if name in chosen] for values in outcomes)
         if not parent:
             continue
         kept = paired(submodel, parent).kept
@@ -58,6 +68,7 @@ def main():
     parser.add_argument("--data", type=Path)
     parser.add_argument("--outcomes", nargs=2, type=Path, metavar=("PARENT.json", "SUB.json"))
     options = parser.parse_args()
+    outcomes = outcomes_of(options.outcomes, options.tasks) if options.outcomes else {}
     tokenizer, texts = load_tokenizer(resolve_model(options.model)), []
     for domains, samples in (
         (options.domains, options.samples),
@@ -71,14 +82,14 @@ def main():
     for task in options.tasks:
         print(f"{task}: {counted.get(task, 'its runs are not stored')}")
         problems = load_benchmark(task, options.data).problems
-        whole = {name: one.prompt + (one.solution or "") for name, one in problems.items()}
-        shared = {name: seen & set(runs(text)) for name, text in whole.items()}
+        parts = {name: (one.prompt, one.solution or "") for name, one in problems.items()}
+        shared = {name: seen & {run for part in pair for run in runs(part)} for name, pair in parts.items()}
         for run, number in Counter(run for some in shared.values() for run in some).most_common():
             print(f"  {number} problems: {run}")
-        same_name = {name for name, text in whole.items() if named & set(DEFINED.findall(text))}
-        print(f"  {len(same_name)} problems with a function that is called like one of the text")
-        if options.outcomes:
-            tell_kept(options.outcomes, task, problems, same_name | {name for name, some in shared.items() if some})
+        same_name = {name for name, pair in parts.items() if named & set(DEFINED.findall("\n".join(pair)))}
+        print(f"  {len(same_name)} problems have a function, helpers too, with the name of one in the text")
+        if task in outcomes:
+            tell_kept(outcomes[task], same_name | {name for name, some in shared.items() if some})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Names, text and the output path are checked for every model and task before the 
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +103,7 @@ def evaluate(
         unsafe=unsafe,
         workers=workers,
     )
+    hashes = {subject.name: _hashes(subject.folder) for subject in plan.subjects}
     settings = {
         "tokens_per_domain": limit,
         "window_length": plan.window_length,
@@ -112,41 +112,32 @@ def evaluate(
         "threads": torch.get_num_threads(),
         **asked.settings(),
     }
-    return _carry_out(Measuring(plan, asked, None, device, threads, progress), settings, output)
-
-
-def _carry_out(measuring: Measuring, settings: dict[str, Any], output: Path | None) -> Evaluation:
-    """Measure all models and compare them; `settings` are all that results depend on beside models and tasks."""
-    plan, asked, versions = measuring.plan, measuring.asked, _versions()
-    benchmarks = asked.benchmarks()
-    hashes = {subject.name: _hashes(subject.folder) for subject in plan.subjects}
-    begun = {
-        "models": hashes,
-        "folders": places(plan),
-        "settings": settings,
-        "benchmarks": benchmarks,
-        "asked_with": {one.name: _asked_with(one.folder) for one in plan.subjects},
-        "versions": versions,
-    }
-    with _folder(output, begun, resumable=bool(benchmarks)) as folder:
-        carried = replace(measuring, folder=folder)
-        measured = [carried.run(subject, hashes[subject.name]) for subject in plan.subjects]
-        records, columns = [record for record, _ in measured], [cells for _, cells in measured]
-        if plan.against is not None:
-            columns = compare_all(records, columns, plan.against)
-        evaluation = Evaluation(
-            models=tuple(records),
-            tasks=tuple(task.name for task in plan.tasks),
-            against=plan.against,
-            cells=tuple(cell for row in zip(*columns, strict=True) for cell in row),
-            corpora=plan.corpora,
-            settings=settings,
-            versions=versions,
-            benchmarks=benchmarks,
-        )
+    begun = {"models": hashes, "folders": places(plan), "settings": settings, "benchmarks": asked.benchmarks()}
+    begun |= {"asked_with": {one.name: _asked_with(one.folder) for one in plan.subjects}, "versions": _versions()}
+    with _folder(output, begun, resumable=bool(begun["benchmarks"])) as folder:
+        evaluation = _carry_out(Measuring(plan, asked, folder, device, threads, progress), begun)
         if folder is not None:
             (folder / "results.json").write_text(evaluation.to_json(), encoding="utf-8")
     return evaluation
+
+
+def _carry_out(measuring: Measuring, begun: dict[str, Any]) -> Evaluation:
+    """Measure all models and compare them; `begun` is what results depend on."""
+    plan, hashes = measuring.plan, begun["models"]
+    measured = [measuring.run(subject, hashes[subject.name]) for subject in plan.subjects]
+    records, columns = [record for record, _ in measured], [cells for _, cells in measured]
+    if plan.against is not None:
+        columns = compare_all(records, columns, plan.against)
+    return Evaluation(
+        models=tuple(records),
+        tasks=tuple(task.name for task in plan.tasks),
+        against=plan.against,
+        cells=tuple(cell for row in zip(*columns, strict=True) for cell in row),
+        corpora=plan.corpora,
+        settings=begun["settings"],
+        versions=begun["versions"],
+        benchmarks=begun["benchmarks"],
+    )
 
 
 @contextmanager

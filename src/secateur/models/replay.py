@@ -117,11 +117,15 @@ def record_inputs(  # noqa: PLR0917
     return inputs
 
 
+def _tell_nobody(_: int) -> Callable[[Tensor, Call], None]:
+    return lambda *_: None
+
+
 @contextmanager
 def _hollowed(
     model: PreTrainedModel, blocks: Sequence[Block], recorder: Callable[[int], Callable[[Tensor, Call], None]]
 ) -> Iterator[None]:
-    """While it is open blocks only tell what they receive, each to the recorder of its index."""
+    """While it is open blocks only tell what they receive, each to the recorder of its index; then they are back."""
     originals = {block.name: model.get_submodule(block.name) for block in blocks}
     try:
         for block in blocks:
@@ -138,7 +142,7 @@ def starting_at(model: PreTrainedModel, blocks: tuple[Block, ...], index: int, h
     first = model.get_submodule(blocks[index].name)
     handle = first.register_forward_pre_hook(lambda _, arguments: (hidden_states, *arguments[1:]))
     try:
-        with _hollowed(model, blocks[:index], lambda _: lambda *_: None):
+        with _hollowed(model, blocks[:index], _tell_nobody):
             yield
     finally:
         handle.remove()

@@ -225,7 +225,10 @@ class LoadedModel:
     def _encode(
         self, prompts: Sequence[str], suffixes: Sequence[str] | None, options: "GenerationOptions"
     ) -> tuple[list[list[int]], frozenset[int]]:
-        """Return the token ids that each prompt is to the model, and those that end an answer beside the usual ones."""
+        """Return the token ids that each prompt is to the model, and those that end an answer beside the usual ones.
+
+        Raises as `generate` does for prompts that are empty or too long, and without tokens for fill-in-the-middle.
+        """
         from secateur.runtime import infill, text
 
         codec, limit = self.backend.codec, self.backend.max_positions
