@@ -197,6 +197,8 @@ def main():
     columns = compared(options, models)
     tell_differences(options, models)
     table(options, models, "task", value, columns)
+    if len(models) == 1:
+        return
     others = (
         [one for one in models if one["name"] != options.against],
         [c for c, one in zip(columns, models, strict=True) if one["name"] != options.against],

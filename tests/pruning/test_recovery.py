@@ -19,7 +19,7 @@ from secateur.checkpoint.format import CARD, MANIFEST, Encoding, read_json
 from secateur.checkpoint.inspect import inspect
 from secateur.checkpoint.quantise import dequantise, quantise
 from secateur.config import make_recipe
-from secateur.errors import ConfigError, ModelError, OutputError, ResourceError
+from secateur.errors import ConfigError, CorpusError, ModelError, OutputError, ResourceError
 from secateur.pruning import recovery
 from secateur.pruning.derive import derive_recipe
 from secateur.pruning.likely_tokens import with_tokens
@@ -309,6 +309,22 @@ def test_other_text_to_learn_from(base, tmp_path):
         derive_recipe(
             make_recipe({**recipe, "recover": 96, "recover_for": ["java=2", "python"]}), **options, resume=True
         )
+
+
+@pytest.mark.parametrize(("content", "hint"), [("", False), ('{"text": "x = 1  # short, but text enough"}\n', True)])
+def test_only_too_little_text_to_learn_from_asks_for_less(base, tmp_path, content, hint):
+    write_data(tmp_path / "data", "python")
+    text = tmp_path / "text.jsonl"
+    text.write_text(content)
+    recipe = {"model": str(base), "for": "python", "samples": 4, "sequence_length": 48}
+    with pytest.raises(CorpusError) as raised:
+        derive_recipe(
+            make_recipe({**recipe, "recover": 9600, "recover_for": [str(text)]}),
+            output=tmp_path / "sub",
+            data=tmp_path / "data",
+        )
+    assert ("give it less" in str(raised.value)) == hint
+    assert not (tmp_path / "sub").exists()
 
 
 def test_the_manifest_of_text_from_elsewhere(base, tmp_path):

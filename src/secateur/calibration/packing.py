@@ -16,6 +16,10 @@ from secateur.calibration.spans import Tokenizer, begin_tokens, random_numbers, 
 from secateur.errors import ConfigError, CorpusError
 
 
+class TooLittleTextError(CorpusError):
+    """A corpus that has fewer tokens than its share of a set."""
+
+
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
     """Packed token ids and where they came from.
@@ -189,7 +193,7 @@ def _pack(
             if piece is None:
                 piece, rest = rest, []
             if not piece:
-                raise CorpusError(
+                raise TooLittleTextError(
                     f"the corpus of domain {corpus.domain!r} ({corpus.provenance[0].source}) has {start + len(row)} "
                     f"tokens and {count} are wanted: take fewer samples, shorter sequences, or more text"
                 )

@@ -11,7 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.calibration.mixture import Mixture, domain_items, parse_mixture
-from secateur.calibration.packing import CalibrationSet, build_calibration_set, token_ids_hash
+from secateur.calibration.packing import (
+    CalibrationSet,
+    TooLittleTextError,
+    build_calibration_set,
+    token_ids_hash,
+)
 from secateur.calibration.shortlist import TokenChoice, choose_tokens
 from secateur.checkpoint.format import MANIFEST, read_json
 from secateur.config import Recipe, make_recipe
@@ -256,7 +261,7 @@ def _learnt(recipe: Recipe, draw: Callable[[int], CalibrationSet]) -> Calibratio
         return None
     try:
         return draw(recipe.recover // recipe.sequence_length)
-    except CorpusError as error:
+    except TooLittleTextError as error:
         raise CorpusError(f"{error} (--recover counts as samples here: give it less)") from None
 
 
